@@ -1,0 +1,77 @@
+# The whole developer manual. Every target works from a fresh clone; a second run does only what is new.
+
+PYTHON ?= python3
+PROMPT ?= Once upon a time
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SANITIZE := build/sanitize
+
+# The package is installed in place: a changed .py file is live at once, these need a new build.
+NATIVE := pyproject.toml constraints.txt CMakeLists.txt $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name CMakeLists.txt)
+CORE_SOURCES = $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format sanitize clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: $(VENV)/.run ## build once, then let the shipped model tell a story (PROMPT="...")
+	@$(BIN)/onebit run "$(PROMPT)"
+
+test: $(VENV)/.dev ## run the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## check style, types and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CORE_SOURCES)
+
+format: $(VENV)/.dev ## rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CORE_SOURCES)
+
+# A Python without instrumentation loads an instrumented core, so the runtimes must come first; libstdc++ with
+# them, or the interceptor of exceptions finds nothing to forward to. Python keeps memory at exit: no leak check.
+sanitize: $(SANITIZE)/.built ## run the tests of the core under AddressSanitizer and UBSan
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+	$(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider tests/core tests/attacks tests/engine
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "onebit: $(PYTHON) not found; onebit needs Python 3.11 or newer (apt install python3-dev python3-venv, or make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "onebit: $$($(PYTHON) -V) is too old; onebit needs Python 3.11 or newer (make PYTHON=python3.12)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "onebit: $(PYTHON) cannot make virtual environments; apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.toolchain: | $(VENV)/bin/python
+	@echo 'int main() { return 0; }' | $${CXX:-c++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || { echo "onebit: no C++20 compiler ($${CXX:-c++}); apt install g++, or set CXX" >&2; exit 1; }
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "onebit: Python.h not found; apt install python3-dev" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.run: $(NATIVE) | $(VENV)/.toolchain
+	@echo "onebit: building (about a minute, once)" >&2
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(NATIVE) | $(VENV)/.toolchain
+	@echo "onebit: installing the test environment (PyTorch is in it: minutes, once)" >&2
+	@$(PIP) --editable ".[train,dev]"
+	@touch $(VENV)/.run $@
+
+$(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchain
+	@echo "onebit: building with sanitizers" >&2
+	@test -x $(SANITIZE)/venv/bin/python || $(PYTHON) -m venv $(SANITIZE)/venv
+	@$(SANITIZE)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.define.ONEBIT_SANITIZE=ON \
+	  . pytest hypothesis safetensors
+	@touch $@
