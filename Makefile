@@ -12,6 +12,10 @@ SANITIZE := build/sanitize
 NATIVE := pyproject.toml constraints.txt CMakeLists.txt $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name CMakeLists.txt)
 CORE_SOURCES = $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl')
 
+# What Python cannot reach, tested in C++: $(call core_tests, folder of cmake, build folder, options).
+core_tests = $(1)/cmake -S . -B $(2) -DONEBIT_BUILD_PYTHON=OFF -DONEBIT_BUILD_TESTS=ON $(3) >/dev/null \
+	&& $(1)/cmake --build $(2) >/dev/null && $(1)/ctest --test-dir $(2) --output-on-failure --no-tests=error
+
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format sanitize clean
 .DELETE_ON_ERROR:
@@ -23,6 +27,7 @@ run: $(VENV)/.run ## build once, then let the shipped model tell a story (PROMPT
 	@$(BIN)/onebit run "$(PROMPT)"
 
 test: $(VENV)/.dev ## run the whole test suite
+	@$(call core_tests,$(BIN),build/core,)
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev ## check style, types and formatting
@@ -39,6 +44,7 @@ format: $(VENV)/.dev ## rewrite the sources in the project's style
 # A Python without instrumentation loads an instrumented core, so the runtimes must come first; libstdc++ with
 # them, or the interceptor of exceptions finds nothing to forward to. Python keeps memory at exit: no leak check.
 sanitize: $(SANITIZE)/.built ## run the tests of the core under AddressSanitizer and UBSan
+	@$(call core_tests,$(SANITIZE)/venv/bin,$(SANITIZE)/core,-DONEBIT_SANITIZE=ON)
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider tests/core tests/attacks tests/engine
@@ -73,5 +79,5 @@ $(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchai
 	@test -x $(SANITIZE)/venv/bin/python || $(PYTHON) -m venv $(SANITIZE)/venv
 	@$(SANITIZE)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.define.ONEBIT_SANITIZE=ON \
-	  . pytest hypothesis safetensors
+	  . pytest hypothesis safetensors cmake
 	@touch $@

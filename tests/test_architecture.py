@@ -40,7 +40,6 @@ OWNERS = {
     "tokenizers": {"engine", "train"},
     "jinja2": {"engine"},
     "typer": {"cli"},
-    "click": {"cli"},
     "rich": {"cli", "train"},
 }
 
