@@ -43,8 +43,10 @@ def readme() -> str:
     return (ROOT / "README.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str | None = None) -> list[str]:
+    """The fenced blocks of a text, by default the README, in one language; "" is none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text or readme(), re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 def commands() -> list[str]:
@@ -85,6 +87,15 @@ def test_readme_verbs_and_flags_exist(command):
             assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text), f"onebit {verb} has no {word}"
 
 
+@pytest.mark.parametrize(
+    "command", [c for b in blocks("bash") for c in b.splitlines() if "onebit train" in c]
+)
+def test_readme_recipes_exist(command):
+    recipes = pytest.importorskip("onebit.train.recipes")
+    words = onebit_words(command)
+    recipes.build(words[2], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+
+
 def test_readme_run_flags_exist():
     row = next(line for line in readme().splitlines() if line.startswith("| `onebit run [PROMPT]"))
     flags = re.findall(r"(?<!\w)--[a-z-]+", row)
@@ -111,8 +122,9 @@ def test_readme_cheap_commands_run(command, tmp_path):
 def test_make_targets_in_documents_exist():
     rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for path in documents():
-        for block in re.findall(r"^```bash\n(.*?)^```|`([^`\n]+)`", path.read_text("utf-8"), re.S | re.M):
-            for name in re.findall(r"^make ([a-z]+)", "".join(block), re.MULTILINE):
+        text = path.read_text("utf-8")
+        for code in [*blocks("bash", text), *re.findall(r"`([^`\n]+)`", text)]:
+            for name in re.findall(r"^make ([a-z]+)", code, re.MULTILINE):
                 assert name in rules, f"{relative(path)}: make {name}"
 
 
@@ -134,7 +146,7 @@ def test_links_lead_somewhere(path):
 
 def tree() -> set[str]:
     """Paths of the README's file tree: two spaces a level, folders end in a slash, names may share a line."""
-    block = next(b for b in re.findall(r"^```\n(.*?)^```", readme(), re.S | re.M) if "src/onebit/" in b)
+    block = next(block for block in blocks("") if "src/onebit/" in block)
     paths, parents = set(), {}
     for line in block.splitlines():
         level = (len(line) - len(line.lstrip())) // 2
