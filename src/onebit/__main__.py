@@ -1,0 +1,5 @@
+"""`python -m onebit` is `onebit`."""
+
+from onebit.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""The command line: one short file per verb, imported when it is needed.
+
+Results go to stdout, everything else to stderr. Exit codes: 0, 2 for an error of the user, 130 for Ctrl-C.
+"""
+
+import sys
+from importlib import import_module
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+VERBS = ("run", "train", "convert", "info")
+
+
+class _Verbs(TyperGroup):
+    """Loads the module of a verb when the verb, or the list of all, is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        app = typer.Typer(add_completion=False)
+        app.command(cmd_name)(getattr(import_module(f"onebit.cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(app)
+
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from onebit import __version__
+
+        print(f"onebit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _onebit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train, pack and run 1-bit and 1.58-bit language models on ordinary CPUs."""
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal that lacks a character shows a question mark instead of ending the text.
+            stream.reconfigure(errors="replace")
+    try:
+        code = typer.main.get_command(app).main(prog_name="onebit", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except ImportError as error:
+        code = _fail(_missing(error))
+    except (ValueError, OSError, MemoryError) as error:
+        code = _fail(str(error) or type(error).__name__)
+    except Exception as error:
+        # Usage errors: typer keeps their base class to itself.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message())
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    print("onebit: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _missing(error: ImportError) -> str:
+    if error.name in ("torch", "safetensors", "matplotlib"):
+        return f'{error.name} is not installed; training needs it: pip install "onebit[train]"'
+    return f"{error}; reinstall with: pip install onebit"

@@ -1,0 +1,123 @@
+"""`onebit info`: what this machine offers, and what is in a model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from onebit.checkpoint import Checkpoint
+
+
+def info(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A .onebit file or run folder; default: the shipped model.", show_default=False),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every byte against the file's hashes.")
+    ] = False,
+) -> None:
+    """Show what this machine offers and what is in a model.
+
+    Example: onebit info stories.onebit --verify
+    """
+    from rich.console import Console
+
+    from onebit import formats
+    from onebit.checkpoint import quantize
+    from onebit.llm import SHIPPED_MODEL
+
+    console = Console()
+    console.print(_machine_table())
+    path = SHIPPED_MODEL if model is None else model
+    checkpoint = formats.read(path)
+    if verify:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a run folder; only .onebit files carry hashes to verify")
+        formats.native.verify(path)
+    if checkpoint.config.weights != "dense":
+        # A run folder is shown as the engine packs it.
+        checkpoint = quantize(checkpoint)
+    console.print(_model_table(path, checkpoint))
+    console.print(parts_table(checkpoint))
+    if checkpoint.provenance:
+        console.print(_provenance_table(checkpoint))
+    if verify:
+        console.print("verified: every byte is as it was written")
+
+
+def parts_table(checkpoint: "Checkpoint") -> "Table":
+    """Bits per weight and bytes of each part of a model."""
+    from onebit.checkpoint import Part, parts
+
+    rows = parts(checkpoint)
+    table = _table("part", "weights", "bits per weight", "bytes")
+    total = Part("all", sum(part.n_weights for part in rows), sum(part.n_bytes for part in rows))
+    for part in [*rows, total]:
+        bits = f"{part.bits_per_weight:.2f}" if part.n_weights else ""
+        table.add_row(part.name, f"{part.n_weights:,}", bits, f"{part.n_bytes:,}")
+    return table
+
+
+def _machine_table() -> "Table":
+    from onebit.engine.model import available_isas, choose_isa, choose_threads
+
+    table = _table("machine", "")
+    table.add_row("kernels present", ", ".join(available_isas()))
+    table.add_row("kernels chosen", choose_isa())
+    table.add_row("threads", str(choose_threads()))
+    return table
+
+
+def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
+    from onebit.checkpoint import code_histogram
+
+    config = checkpoint.config
+    table = _table("model", str(path))
+    table.add_row("label", checkpoint.label)
+    table.add_row("layers", f"{config.n_layers} of width {config.d_model}")
+    table.add_row("feed-forward", f"width {config.d_ff}, {config.activation}")
+    table.add_row(
+        "heads", f"{config.n_heads} of width {config.d_head}, {config.n_kv_heads} for keys and values"
+    )
+    table.add_row("vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tied_head else 'own'} head")
+    table.add_row("context", f"{config.max_seq_len:,} tokens")
+    if checkpoint.is_packed:
+        shares = code_histogram(checkpoint)
+        table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
+    table.add_row("chat template", "yes" if checkpoint.chat_template else "no")
+    return table
+
+
+def _provenance_table(checkpoint: "Checkpoint") -> "Table":
+    from rich.markup import escape
+
+    table = _table("provenance", "")
+    for name, value in _flatten("", checkpoint.provenance):
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flatten(f"{prefix}.{name}" if prefix else str(name), inner)
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(*columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE)
+    for i, column in enumerate(columns):
+        # Text, so that brackets in a path or a recipe are not read as markup.
+        table.add_column(Text(column), justify="right" if i and len(columns) > 2 else "left", overflow="fold")
+    return table

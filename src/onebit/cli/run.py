@@ -1,0 +1,146 @@
+"""`onebit run`: continue a text, or talk."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from onebit.engine.sampling import SamplingParams
+    from onebit.llm import LLM, Output, Prompt
+
+
+def run(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Start of the text; read from stdin when that is a pipe.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="A .onebit file or run folder; default: the shipped model."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Keep tokens up to this total probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this likely, relative to the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Repeat a text; default: a random one.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text before this string; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
+    kv_cache: Annotated[str, typer.Option(help="Number format of the key-value cache.")] = "bf16",
+) -> None:
+    """Continue a text, or talk when there is no prompt.
+
+    Example: onebit run "Once upon a time" --seed 7
+    """
+    from onebit.engine.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+    )
+    is_chat = prompt is None and _is_terminal(sys.stdin)
+    if prompt is None and not is_chat:
+        prompt = _read_stdin()
+
+    from onebit.llm import load
+
+    llm = load(model, threads, kv_cache)
+    if is_chat:
+        _chat(llm, params)
+        return
+    assert prompt is not None
+    if _is_terminal(sys.stdout) and _is_terminal(sys.stderr):
+        # The whole text on a screen, the continuation alone in a file.
+        print(prompt, end="", file=sys.stderr, flush=True)
+    _, ended = _stream(llm, prompt, params)
+    if not ended:
+        raise typer.Exit(130)
+
+
+def _stream(llm: "LLM", prompt: "Prompt", params: "SamplingParams") -> tuple[str, bool]:
+    """Print a text as it grows; returns it, and whether it ended before Ctrl-C did."""
+    texts: list[str] = []
+    output = None
+    try:
+        for piece in llm.stream(prompt, params):
+            print(piece.text, end="", flush=True)
+            texts.append(piece.text)
+            output = piece.output
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    print(_summary(llm, output, len(texts)), file=sys.stderr)
+    return "".join(texts), output is not None
+
+
+def _summary(llm: "LLM", output: "Output | None", n_tokens: int) -> str:
+    machine = f"{llm.model.isa} kernels, {llm.model.threads} threads"
+    if output is None:
+        return f"stopped after {n_tokens} tokens | {machine}"
+    timings = output.timings
+    return (
+        f"{n_tokens} tokens | {timings.tok_per_s:.1f} tokens/s | first token after {timings.first_token_s:.3f} s | "
+        f"{machine} | seed {output.seed}"
+    )
+
+
+def _chat(llm: "LLM", params: "SamplingParams") -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401, gives input() line editing and history
+    template = llm.tokenizer.chat_template
+    hint = "Talk to the model." if template else "Write the start of a text; the model continues it."
+    print(hint, "Ctrl-C stops a text, Ctrl-D or /exit leaves.", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while (line := _ask()) is not None:
+        if not line.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            text, _ = _stream(llm, llm.tokenizer.encode_chat(asked) if template else line, params)
+        except ValueError as error:
+            # Most often a conversation that outgrew the context: the chat goes on without this line.
+            print(f"onebit: error: {error}", file=sys.stderr)
+            continue
+        messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def _ask() -> str | None:
+    """One line of the user, or None to leave."""
+    try:
+        if _is_terminal(sys.stdout):
+            line = input("> ")
+        else:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = input()
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+    return None if line.strip() == "/exit" else line
+
+
+def _read_stdin() -> str:
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise ValueError("stdin is not UTF-8 text") from None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()

@@ -1,0 +1,76 @@
+"""How the next token is chosen and when a text ends: the parameters and their limits.
+
+Knows nothing of logits: the core draws the token.
+
+    SamplingParams(max_tokens=64, temperature=0)        # greedy
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Choices for one text. Each filter looks at what the one before it left.
+
+    Args:
+        max_tokens: most tokens to generate.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens that together reach this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens already in
+            the text or prompt; 1 is off.
+        seed: of the random draws; the same seed gives the same text. None draws a seed.
+        stop: strings that end the text; they are not part of it. One string or several.
+        ignore_eos: go on after the model's end-of-text token.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check_whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, 2**64 - 1)
+        _check_real("temperature", self.temperature, 0.0, math.inf)
+        _check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_real("min_p", self.min_p, 0.0, 1.0)
+        _check_real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop is {self.stop!r}; expected a non-empty string or a list of them")
+        object.__setattr__(self, "stop", tuple(stop))
+
+
+def random_seed() -> int:
+    """A seed from the operating system, short enough to be typed in again."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
+        raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+
+
+def _check_real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    fits = isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
+    if not fits or math.isinf(value) or (open_low and value == low):
+        above = f"above {low:g}" if open_low else f"at least {low:g}"
+        limit = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{name} is {value!r}; expected a number {above}{limit}")

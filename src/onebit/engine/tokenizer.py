@@ -1,0 +1,165 @@
+"""Text to tokens and back: the tokenizer of a checkpoint, its chat template, and text piece by piece.
+
+Knows nothing of models or requests.
+
+    tokenizer = Tokenizer(checkpoint.tokenizer, bos_token=0)
+    tokenizer.decode(tokenizer.encode("Once upon a time"))
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+# What a decoder writes for bytes that are no character, or not yet.
+_INCOMPLETE = "\ufffd"
+
+
+class Tokenizer:
+    """Encodes and decodes text; special tokens written out in a text are recognised.
+
+    Args:
+        data: a tokenizer.json.
+        bos_token: id put before every text, or None.
+        chat_template: jinja2 source, or None.
+        eos_token: id known to the chat template as `eos_token`, or None.
+
+    Raises:
+        ValueError: data is no tokenizer.json.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        bos_token: int | None = None,
+        chat_template: str | None = None,
+        eos_token: int | None = None,
+    ) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the bindings raise a bare Exception
+            raise ValueError(f"tokenizer: not a readable tokenizer.json ({error})") from None
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.chat_template = chat_template
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after the model's begin-of-sequence token if it has one."""
+        ids = self._encode(text)
+        return ids if self.bos_token is None else [self.bos_token, *ids]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+
+        Raises:
+            ValueError: no chat template, malformed messages, or messages that the template refuses.
+        """
+        if self.chat_template is None:
+            raise ValueError("this model has no chat template; use generate or stream with a text instead")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise ValueError(f"chat message {message!r}: expected a dict with 'role' and 'content'")
+        try:
+            text = self._template.render(
+                messages=list(messages),
+                add_generation_prompt=True,
+                bos_token=self._written(self.bos_token),
+                eos_token=self._written(self.eos_token),
+            )
+        except Exception as error:  # whatever the template's own code raises
+            raise ValueError(f"chat template: {error}") from None
+        return self._encode(text)
+
+    @cached_property
+    def _template(self) -> Any:
+        # Sandboxed: a template is code that arrives with a model file.
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = raise_exception
+        return environment.from_string(self.chat_template or "")
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode at character {error.start}") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _written(self, token: int | None) -> str:
+        return "" if token is None else self._tokenizer.id_to_token(token) or ""
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, piece by piece: no character is split, no stop string shown.
+
+    The pieces joined are the decoded tokens, cut before the first stop string.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        # Tokens since the last complete character but one: some decoders need to see what came before.
+        self._tokens: list[int] = []
+        self._n_shown = 0
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that is now certain."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        before = self._tokenizer.decode(self._tokens[: self._n_shown])
+        if len(text) > len(before):
+            self._tokens = self._tokens[self._n_shown :]
+            self._n_shown = len(self._tokens)
+        return self._release(text[len(before) :])
+
+    def flush(self) -> str:
+        """End the text and return what was held back."""
+        before = self._tokenizer.decode(self._tokens[: self._n_shown])
+        text = self._release(self._tokenizer.decode(self._tokens)[len(before) :])
+        text, self._held, self._n_shown = text + self._held, "", len(self._tokens)
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        starts = [start for start in map(text.find, self._stop) if start >= 0]
+        if starts:
+            self.stopped, self._held = True, ""
+            return text[: min(starts)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    # Length of the longest end of text that begins the stop string.
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

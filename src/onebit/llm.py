@@ -1,0 +1,280 @@
+"""What a user imports: load a model, and have it continue texts, answer chats or give its logits.
+
+Everything below it is joined here: a format, a tokenizer, the compiled model, and an engine for each call.
+
+    llm = load()                                   # the shipped model
+    print(llm.generate("Once upon a time", seed=7).text)
+    for piece in llm.stream("Once upon a time"):
+        print(piece.text, end="", flush=True)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+
+from onebit import formats
+from onebit.checkpoint import Checkpoint, quantize
+from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
+from onebit.engine.model import BLOCK_TOKENS, Model
+from onebit.engine.sampling import SamplingParams
+from onebit.engine.tokenizer import Tokenizer
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "stories.onebit"
+
+# Texts of one call share a cache of at most this size; more wait for each other.
+MAX_CACHE_BYTES = 2**30
+
+Prompt = str | Sequence[int]
+
+
+class Usage(NamedTuple):
+    """Tokens of a text.
+
+    Args:
+        prompt_tokens: read.
+        completion_tokens: generated, the end-of-text token and those of a stop string included.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Timings(NamedTuple):
+    """Seconds of a text, from the call on.
+
+    Args:
+        first_token_s: until the first token.
+        total_s: until the last token.
+        tok_per_s: tokens per second after the first one; 0 for a text of one token.
+    """
+
+    first_token_s: float
+    total_s: float
+    tok_per_s: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished text.
+
+    Args:
+        text: what was generated, without the prompt, the end-of-text token and the stop string.
+        tokens: every token that was generated, the end-of-text token included.
+        finish_reason: "stop" for an end-of-text token or a stop string, "length" for max_tokens or a full context.
+        usage: tokens read and generated.
+        timings: of this text; those of one list run together.
+        seed: repeats the text.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    timings: Timings
+    seed: int
+
+
+class Piece(NamedTuple):
+    """The next token of a streamed text.
+
+    Args:
+        text: empty while a character or a stop string may be incomplete.
+        token: its id.
+        output: the whole text, with the last piece only.
+    """
+
+    text: str
+    token: int
+    output: Output | None
+
+
+class LLM:
+    """A model ready to run. Calls do not influence each other: each has its own key-value cache.
+
+    Args:
+        checkpoint: packed, or a float32 master, which is packed in memory.
+        threads: None takes one for each core.
+        kv_cache: number format of keys and values: "bf16".
+
+    Raises:
+        ValueError: a full-precision model, or an unknown kv_cache.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, kv_cache: str = "bf16") -> None:
+        if kv_cache != "bf16":
+            raise ValueError(f"kv_cache is {kv_cache!r}; expected 'bf16'")
+        if checkpoint.config.weights == "dense":
+            raise ValueError("this is a full-precision model; the engine runs b1.58 and b1 weights only")
+        self.checkpoint = quantize(checkpoint)
+        self.config = checkpoint.config
+        self.model = Model(self.checkpoint, threads)
+        self._start = next(
+            (t for t in (self.config.bos_token, *self.config.eos_tokens) if t is not None), None
+        )
+        self._tokenizer = None
+        if checkpoint.tokenizer is not None:
+            eos_token = next(iter(self.config.eos_tokens), None)
+            self._tokenizer = Tokenizer(
+                checkpoint.tokenizer, self.config.bos_token, checkpoint.chat_template, eos_token
+            )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer; give token ids instead of texts")
+        return self._tokenizer
+
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Output: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any
+    ) -> list[Output]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any
+    ) -> Output | list[Output]:
+        """Continue one text or several at once.
+
+        Each text of a list is the same, to the token, as if it were alone. A seed is used for every text of the list;
+        without one, each draws its own.
+
+        Args:
+            prompt: a text, token ids, or a list of either. An empty one starts from the model's begin- or
+                end-of-text token.
+            params: how tokens are chosen.
+            **sampling: the fields of SamplingParams, instead of params.
+
+        Returns:
+            The text, or a list of them for a list.
+
+        Raises:
+            ValueError: a prompt that is too long or holds unknown ids, or a parameter out of range.
+        """
+        is_list = not isinstance(prompt, str) and any(not isinstance(item, Integral) for item in prompt)
+        prompts: Sequence[Any] = prompt if is_list else [prompt]
+        engine, requests = self._begin(prompts, _params(params, sampling))
+        for _ in engine.run():
+            pass
+        outputs = [_output(request) for request in requests]
+        return outputs if is_list else outputs[0]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any
+    ) -> Iterator[Piece]:
+        """Continue one text, token by token; arguments and text are those of `generate`."""
+        engine, (request,) = self._begin([prompt], _params(params, sampling))
+        return _pieces(engine, request)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **sampling: Any
+    ) -> Output:
+        """Answer a conversation; to stream the answer, use `stream(llm.tokenizer.encode_chat(messages))`.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+            params: how tokens are chosen.
+            **sampling: the fields of SamplingParams, instead of params.
+
+        Raises:
+            ValueError: a model without chat template, or see `generate`.
+        """
+        return self.generate(self.tokenizer.encode_chat(messages), params, **sampling)
+
+    def logits(self, prompt: Prompt) -> np.ndarray:
+        """Scores of every possible next token after each token.
+
+        Args:
+            prompt: a text or token ids.
+
+        Returns:
+            float32 [T, V].
+
+        Raises:
+            ValueError: a prompt that is too long or holds unknown ids.
+        """
+        tokens = self._encode(prompt)
+        check_tokens(self.config, tokens)
+        n_blocks = -(-len(tokens) // BLOCK_TOKENS)
+        cache = self.model.new_cache(n_blocks)
+        table = np.arange(n_blocks, dtype=np.int32).reshape(1, -1)
+        chunks = []
+        for start in range(0, len(tokens), MAX_STEP_TOKENS):
+            ids = np.array(tokens[start : start + MAX_STEP_TOKENS], np.int32)
+            rows = np.arange(len(ids), dtype=np.int32)
+            ends = np.array([0, len(ids)], np.int32)
+            chunks.append(self.model.forward(ids, rows + np.int32(start), ends, table, rows, cache))
+        return np.concatenate(chunks)
+
+    def _begin(self, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Engine, list[Generation]]:
+        encoded = [self._encode(prompt) for prompt in prompts]
+        needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
+        n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
+        engine = Engine(self.model, self._tokenizer, max(n_blocks, 1))
+        return engine, [engine.add(tokens, params) for tokens in encoded]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        else:
+            for token in prompt:
+                if not isinstance(token, Integral):
+                    raise ValueError(f"prompt holds {token!r}; expected a text or a list of token ids")
+            tokens = [int(token) for token in prompt]
+        return tokens or ([] if self._start is None else [self._start])
+
+    def _block_bytes(self) -> int:
+        config = self.config
+        # Keys and values, two bytes each.
+        return BLOCK_TOKENS * 2 * config.n_layers * config.n_kv_heads * config.d_head * 2
+
+
+def load(path: str | PathLike[str] | None = None, threads: int | None = None, kv_cache: str = "bf16") -> LLM:
+    """Load a model.
+
+    Args:
+        path: a .onebit file or a run folder; None takes the model that ships with onebit.
+        threads: None takes one for each core.
+        kv_cache: number format of keys and values: "bf16".
+
+    Raises:
+        ValueError: a damaged file, a full-precision model, or an unknown kv_cache.
+        OSError: a file that cannot be read.
+    """
+    return LLM(formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache)
+
+
+def _params(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
+    if params is not None and sampling:
+        raise ValueError(f"give either params or {', '.join(sampling)}, not both")
+    return params or SamplingParams(**sampling)
+
+
+def _pieces(engine: Engine, request: Generation) -> Iterator[Piece]:
+    for step in engine.run():
+        yield Piece(step.text, step.token, _output(request) if request.finish_reason else None)
+
+
+def _output(request: Generation) -> Output:
+    assert request.finish_reason
+    tokens = request.generated
+    first = request.first_token_s - request.started_s
+    total = request.last_token_s - request.started_s
+    tok_per_s = (len(tokens) - 1) / (total - first) if total > first else 0.0
+    return Output(
+        text=request.text,
+        tokens=tokens,
+        finish_reason=request.finish_reason,
+        usage=Usage(request.n_prompt, len(tokens)),
+        timings=Timings(first, total, tok_per_s),
+        seed=request.seed,
+    )

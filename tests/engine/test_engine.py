@@ -1,0 +1,169 @@
+"""Invariant: a text is the same alone, in a batch, in any chunks and after preemption.
+
+The model needs no weights: its next token is a function of what its cache holds.
+"""
+
+import numpy as np
+import pytest
+
+import tiny
+from onebit.engine.engine import Engine
+from onebit.engine.model import BLOCK_TOKENS
+from onebit.engine.sampling import SamplingParams
+from onebit.engine.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(tiny.tokenizer_json())
+VOCAB = tiny.CONFIG.vocab_size
+GREEDY = SamplingParams(max_tokens=30, temperature=0)
+
+
+def mixed(tokens):
+    """A next token that depends on all tokens and their order, and is never the end of the text."""
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 65521
+    return 1 + value % (VOCAB - 1)
+
+
+def script(text, prompt_tokens=1):
+    """A next_token function that says text and then ends it."""
+    answer = TOKENIZER.encode(text)
+    return lambda tokens: [*answer, tiny.EOS][min(len(tokens) - prompt_tokens, len(answer))]
+
+
+def make(next_token, n_blocks=3, **options):
+    return Engine(tiny.FakeModel(next_token, block_tokens=BLOCK_TOKENS), TOKENIZER, n_blocks, **options)
+
+
+def finish(engine, request):
+    for _ in engine.run():
+        pass
+    assert engine.pool.n_free == engine.pool.n_blocks
+    return request
+
+
+def expected(prompt, n):
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(mixed(tokens))
+    return tokens[len(prompt) :]
+
+
+PROMPTS = [[1 + (i * j) % 50 for j in range(1 + 17 * i)] for i in range(6)]
+
+
+@pytest.mark.parametrize("max_step_tokens", [1, 7, 64, 512])
+@pytest.mark.parametrize("n_blocks", [3, 4, 20])
+def test_text_does_not_depend_on_company_chunks_or_preemption(max_step_tokens, n_blocks):
+    engine = make(mixed, n_blocks, max_step_tokens=max_step_tokens)
+    requests = [engine.add(prompt, SamplingParams(max_tokens=70, temperature=0)) for prompt in PROMPTS]
+    for _ in engine.run():
+        pass
+    for prompt, request in zip(PROMPTS, requests, strict=True):
+        assert request.generated == expected(prompt, 70)
+        assert request.text == TOKENIZER.decode(request.generated)
+        assert request.finish_reason == "length"
+    assert max(engine._model.n_tokens) <= max_step_tokens
+    assert engine.pool.n_free == n_blocks
+
+
+def test_steps_carry_every_token_and_all_the_text():
+    engine = make(mixed)
+    request = engine.add([5], GREEDY)
+    steps = list(engine.run())
+    assert [step.token for step in steps] == request.generated == expected([5], 30)
+    assert "".join(step.text for step in steps) == request.text
+    assert all(step.request is request for step in steps)
+
+
+def test_end_of_text_token_ends_the_text_and_is_not_in_it():
+    engine = make(script("a ball"))
+    request = finish(engine, engine.add([5], GREEDY))
+    assert (request.text, request.finish_reason) == ("a ball", "stop")
+    assert request.generated == [*TOKENIZER.encode("a ball"), tiny.EOS]
+
+
+def test_ignore_eos_goes_on():
+    engine = make(script("a"))
+    request = finish(engine, engine.add([5], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)))
+    assert (request.finish_reason, len(request.generated), request.text) == ("length", 9, "a")
+
+
+def test_stop_string_ends_the_text_before_it():
+    engine = make(script("the dog ran home"))
+    request = finish(engine, engine.add([5], SamplingParams(temperature=0, stop=["nope", "g ran"])))
+    assert (request.text, request.finish_reason) == ("the do", "stop")
+
+
+def test_text_held_back_for_a_stop_string_is_shown_at_the_end():
+    engine = make(script("the dog"))
+    request = finish(engine, engine.add([5], SamplingParams(temperature=0, stop="dogs")))
+    assert (request.text, request.finish_reason) == ("the dog", "stop")
+
+
+def test_context_limits_the_text():
+    limit = tiny.CONFIG.max_seq_len
+    for n_prompt in (limit - 2, limit):
+        engine = make(mixed)
+        prompt = [1 + i % 9 for i in range(n_prompt)]
+        request = finish(engine, engine.add(prompt, GREEDY))
+        # The last token needs no position: the model never reads it.
+        assert request.generated == expected(prompt, limit - n_prompt + 1)
+        assert request.finish_reason == "length"
+
+
+def test_cancel_frees_blocks_at_once():
+    engine = make(mixed)
+    stays, goes = engine.add([1, 2], GREEDY), engine.add([3], GREEDY)
+    engine.step()
+    engine.cancel(goes)
+    assert engine.pool.n_free == engine.pool.n_blocks - 1
+    engine.cancel(goes)
+    assert finish(engine, stays).generated == expected([1, 2], 30)
+    assert goes.finish_reason is None
+
+
+def test_a_model_without_tokenizer_gives_tokens():
+    engine = Engine(tiny.FakeModel(mixed, block_tokens=BLOCK_TOKENS), None, 1)
+    request = finish(engine, engine.add([5], GREEDY))
+    assert (request.text, request.generated) == ("", expected([5], 30))
+    with pytest.raises(ValueError, match="tokenizer"):
+        engine.add([5], SamplingParams(max_tokens=3, stop="x"))
+
+
+def test_a_seed_decides_the_text():
+    def flat(tokens):
+        return 1
+
+    def sample(seed):
+        engine = make(flat)
+        request = finish(engine, engine.add([5], SamplingParams(max_tokens=20, top_k=0, top_p=1, seed=seed)))
+        return request.generated, request.seed
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    tokens, seed = sample(None)
+    assert sample(seed) == (tokens, seed)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt is empty"),
+        ([1] * (tiny.CONFIG.max_seq_len + 1), "context of this model holds"),
+        ([VOCAB], "outside the vocabulary"),
+        ([-1], "outside the vocabulary"),
+    ],
+)
+def test_impossible_prompts_are_refused(prompt, message):
+    engine = make(mixed)
+    with pytest.raises(ValueError, match=message):
+        engine.add(prompt, GREEDY)
+    assert list(engine.run()) == []
+
+
+def test_a_text_larger_than_the_cache_is_refused():
+    engine = make(mixed, n_blocks=1)
+    with pytest.raises(ValueError, match="cache holds 64"):
+        engine.add([1] * 60, SamplingParams(max_tokens=6))
+    engine.add(np.ones(60, np.int64), SamplingParams(max_tokens=5))

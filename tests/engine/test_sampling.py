@@ -1,0 +1,42 @@
+"""Exact: the limits of every sampling parameter."""
+
+import math
+
+import numpy as np
+import pytest
+
+from onebit.engine.sampling import SamplingParams, random_seed
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("max_tokens", [1, np.int64(5)], [0, -1, 1.5, True, "3", 2**31]),
+        ("temperature", [0, 0.0, 2, np.float32(0.5)], [-0.1, math.nan, math.inf, "1", None, True]),
+        ("top_k", [0, 1, 10**6], [-1, 2.0, None]),
+        ("top_p", [1e-9, 1, 1.0], [0, 0.0, 1.01, math.nan]),
+        ("min_p", [0, 0.5, 1], [-0.1, 1.1, math.nan]),
+        ("repetition_penalty", [0.5, 1, 2.0], [0, -1.0, math.inf]),
+        ("seed", [None, 0, 2**64 - 1], [-1, 2**64, 1.0, "7"]),
+        ("stop", ["x", ["x", "y"], (), []], ["", ["x", ""], [1], 3, None]),
+    ],
+)
+def test_limits(name, good, bad):
+    for value in good:
+        SamplingParams(**{name: value})
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{name} is .*expected") as error:
+            SamplingParams(**{name: value})
+        assert "\n" not in str(error.value)
+
+
+def test_one_stop_string_is_a_list_of_one():
+    assert SamplingParams(stop="\n\n").stop == ("\n\n",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_random_seeds_differ_and_are_valid():
+    seeds = {random_seed() for _ in range(8)}
+    assert len(seeds) > 1
+    for seed in seeds:
+        SamplingParams(seed=seed)

@@ -1,0 +1,110 @@
+"""The only fixture library: tiny configs, checkpoints, a tokenizer and a model that needs no weights."""
+
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import tokenizers
+
+from onebit.checkpoint import Checkpoint
+from onebit.config import ModelConfig
+
+EOS = 0
+TEXT = (
+    "Once upon a time there was a little girl named Lily. She had a red ball and a small dog. The dog ran "
+    "to the park, and Lily ran after it. They played all day long, and then they went home to sleep.\n\n"
+) * 4
+
+CONFIG = ModelConfig(
+    vocab_size=320,
+    d_model=48,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=16,
+    d_ff=80,
+    max_seq_len=192,
+    eos_tokens=(EOS,),
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def config(**changes) -> ModelConfig:
+    """CONFIG with other values."""
+    return replace(CONFIG, **changes)
+
+
+@cache
+def tokenizer_json(vocab_size: int = CONFIG.vocab_size) -> bytes:
+    """A byte-level BPE tokenizer with <|endoftext|> as token 0."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    return bpe.to_str().encode()
+
+
+def tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights, drawn so that activations keep their size."""
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 1:
+            drawn[name] = 1 + 0.1 * rng.standard_normal(shape)
+        else:
+            drawn[name] = rng.standard_normal(shape) * shape[-1] ** -0.5
+    return {name: value.astype(np.float32) for name, value in drawn.items()}
+
+
+def master(config: ModelConfig = CONFIG, seed: int = 0, chat_template: str | None = None) -> Checkpoint:
+    """A float32 checkpoint with random weights and, if it fits the vocabulary, the tokenizer."""
+    tokenizer = tokenizer_json(config.vocab_size) if config.vocab_size >= 257 else None
+    return Checkpoint(
+        config, tensors(config, seed), tokenizer, chat_template, {"recipe": {"name": "tiny", "seed": seed}}
+    )
+
+
+class FakeModel:
+    """Stands where engine.model.Model does: the next token is a function of the sequence that its cache holds.
+
+    It reads what it wrote to cache blocks, so a wrong table, position or lost block gives another text.
+
+    Args:
+        next_token: from all tokens of a text to the one that follows.
+    """
+
+    isa = "fake"
+    threads = 1
+
+    def __init__(self, next_token, config: ModelConfig = CONFIG, block_tokens: int = 64) -> None:
+        self.config = config
+        self.next_token = next_token
+        self.block_tokens = block_tokens
+        self.n_tokens: list[int] = []
+
+    def new_cache(self, n_blocks: int) -> SimpleNamespace:
+        return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
+
+    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache) -> np.ndarray:
+        self.n_tokens.append(len(tokens))
+        logits = np.zeros((len(rows), self.config.vocab_size), np.float32)
+        for i, table in enumerate(block_tables):
+            for j in range(seq_starts[i], seq_starts[i + 1]):
+                cache.tokens[table[positions[j] // self.block_tokens], positions[j] % self.block_tokens] = (
+                    tokens[j]
+                )
+                for row in np.flatnonzero(rows == j):
+                    seen = cache.tokens[table].reshape(-1)[: positions[j] + 1]
+                    logits[row, self.next_token(seen.tolist())] = 1.0
+        return logits
