@@ -1,0 +1,164 @@
+"""Checkpoint. Kinds: exact (codes, shares, sizes), invariant (round trips)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import tiny
+from onebit import quant
+from onebit.checkpoint import Checkpoint, code_histogram, dequantize, parts, quantize
+from onebit.packing import PackedTensor, unpack
+
+VARIANTS = [
+    {},
+    {"scale": "row", "tied_head": False},
+    {"scale": 16, "sub_norm": False},
+    {"weights": "b1", "activations": "a4"},
+    {"weights": "b1", "scale": 16},
+]
+NAME = "layers.0.q.weight"
+
+
+def changed(checkpoint: Checkpoint, name: str, **changes) -> Checkpoint:
+    return replace(
+        checkpoint, tensors=checkpoint.tensors | {name: checkpoint.tensors[name]._replace(**changes)}
+    )
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_quantize_holds_the_codes_and_scales_of_quant(changes):
+    config = tiny.config(**changes)
+    master = tiny.master(config)
+    packed = quantize(master)
+    assert packed.is_packed and not master.is_packed and packed.label == config.label
+    for name, w in master.tensors.items():
+        tensor = packed.tensors[name]
+        if w.ndim == 1:
+            assert tensor is w
+            continue
+        if config.is_linear(name):
+            codes, scale = quant.quantize_weights(w, config.weights, config.scale)
+        else:
+            codes, scale = quant.quantize_rows(w, 8)
+            assert tensor.encoding == "q8"
+        assert np.array_equal(unpack(tensor.data, tensor.encoding, tensor.shape), codes)
+        assert np.array_equal(tensor.scale, scale) and tensor.shape == w.shape
+        assert np.array_equal(dequantize(packed).tensors[name], quant.dequantize(codes, scale))
+
+
+def test_layouts_hold_the_same_model():
+    t80 = quantize(tiny.master())
+    r64 = quantize(tiny.master(), "r64")
+    assert t80.tensors[NAME].encoding == "t80" and r64.tensors[NAME].encoding == "r64"
+    there_and_back = quantize(quantize(t80, "r64"), "t80")
+    for name, tensor in t80.tensors.items():
+        other = there_and_back.tensors[name]
+        pairs = [(tensor, other)] if isinstance(tensor, np.ndarray) else [(tensor.data, other.data)]
+        assert all(np.array_equal(a, b) for a, b in pairs)
+        assert np.array_equal(dequantize(t80).tensors[name], dequantize(r64).tensors[name])
+    assert quantize(r64) is r64
+
+
+def test_dequantize_leaves_a_master_as_it_is():
+    master = tiny.master()
+    assert all(dequantize(master).tensors[name] is w for name, w in master.tensors.items())
+
+
+def test_histogram_counts_codes_without_padding():
+    config = tiny.config(n_layers=1)
+    master = tiny.master(config)
+    for name in master.tensors:
+        if config.is_linear(name):
+            master.tensors[name][:] = 0
+            master.tensors[name][:, ::4] = 1
+            master.tensors[name][:, 1::8] = -1
+    assert code_histogram(quantize(master)) == {-1: 0.125, 0: 0.625, 1: 0.25}
+    binary = code_histogram(quantize(tiny.master(tiny.config(weights="b1"))))
+    assert set(binary) == {-1, 1} and sum(binary.values()) == pytest.approx(1, abs=1e-12)
+    with pytest.raises(ValueError, match="quantize it first"):
+        code_histogram(master)
+
+
+def test_parts_add_up():
+    config = tiny.config(tied_head=False)
+    master = tiny.master(config)
+    sizes = {part.name: part for part in parts(master)}
+    assert list(sizes) == ["embedding", "linear", "norms", "head", "tokenizer"]
+    weights = sum(int(np.prod(shape)) for shape in config.tensor_shapes().values())
+    assert sum(part.n_weights for part in sizes.values()) == weights
+    assert all(part.bits_per_weight == (0 if name == "tokenizer" else 32) for name, part in sizes.items())
+    assert sizes["tokenizer"].n_bytes == len(tiny.tokenizer_json())
+    packed = {part.name: part for part in parts(quantize(master))}
+    # 320 rows of 48 int8 codes, and a float32 for each row.
+    assert packed["embedding"].n_bytes == 320 * 48 + 320 * 4 and packed["norms"] == sizes["norms"]
+
+
+def test_bits_per_weight_come_close_to_the_layout():
+    config = tiny.config(d_model=320, n_heads=4, n_kv_heads=4, d_head=80, d_ff=640, n_layers=1)
+    master = tiny.master(config)
+    for encoding, bits in (("t80", 1.6), ("r64", 2.0)):
+        linear = parts(quantize(master, encoding))[1]
+        assert linear.name == "linear" and bits < linear.bits_per_weight < bits + 0.01
+
+
+def test_quantize_refuses_what_has_no_codes_or_does_not_fit():
+    with pytest.raises(ValueError, match="a dense model has no codes"):
+        quantize(tiny.master(tiny.config(weights="dense", activations="none")))
+    with pytest.raises(ValueError, match=r"'b128' cannot hold b1.58 weights; expected t80 or r64"):
+        quantize(tiny.master(), "b128")
+    with pytest.raises(ValueError, match="'t80' cannot hold b1 weights; expected b128"):
+        quantize(tiny.master(tiny.config(weights="b1")), "t80")
+
+
+def test_a_checkpoint_holds_exactly_the_tensors_of_its_config():
+    tensors = tiny.tensors(tiny.CONFIG)
+    with pytest.raises(ValueError, match=r"tensor layers.1.up.weight is missing"):
+        Checkpoint(tiny.CONFIG, {name: t for name, t in tensors.items() if name != "layers.1.up.weight"})
+    with pytest.raises(ValueError, match=r"tensor head.weight is not part"):
+        Checkpoint(tiny.CONFIG, tensors | {"head.weight": tensors["embed.weight"]})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (np.ones((64, 47), np.float32), r"is float32 \[64, 47\]; expected float32 \[64, 48\]"),
+        (np.ones((64, 48), np.float64), r"is float64"),
+        (np.full((64, 48), np.nan, np.float32), "NaN or infinity"),
+        (np.full((64, 48), np.inf, np.float32), "NaN or infinity"),
+    ],
+)
+def test_a_master_is_checked(tensor, message):
+    with pytest.raises(ValueError, match=f"tensor {NAME} .*{message}"):
+        Checkpoint(tiny.CONFIG, tiny.tensors(tiny.CONFIG) | {NAME: tensor})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_scales_are_positive_and_finite(value):
+    with pytest.raises(ValueError, match=f"tensor {NAME}: a scale is not a positive finite number"):
+        changed(quantize(tiny.master()), NAME, scale=np.array([value], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoding": "q8"}, "has encoding 'q8'; expected t80 or r64"),
+        ({"shape": (48, 64)}, r"is \[48, 64\]; the config asks for \[64, 48\]"),
+        ({"data": np.zeros((1, 12, 63), np.uint8)}, r"expected uint8 \[1, 12, 64\]"),
+        ({"data": np.zeros((1, 12, 64), np.int8)}, r"packed data is int8"),
+        ({"scale": np.ones(64, np.float32)}, r"scale is float32 \[64\]; expected float32 \[1\]"),
+        ({"scale": np.ones(1, np.float64)}, "scale is float64"),
+    ],
+)
+def test_a_packed_matrix_is_checked(changes, message):
+    with pytest.raises(ValueError, match=f"tensor {NAME}.*{message}"):
+        changed(quantize(tiny.master()), NAME, **changes)
+
+
+def test_matrices_are_packed_together_or_not_at_all():
+    master, packed = tiny.master(), quantize(tiny.master())
+    with pytest.raises(ValueError, match="pack all matrices or none"):
+        replace(packed, tensors=packed.tensors | {NAME: master.tensors[NAME]})
+    with pytest.raises(ValueError, match="pack all matrices or none"):
+        replace(master, tensors=master.tensors | {NAME: packed.tensors[NAME]})
+    assert isinstance(packed.tensors[NAME], PackedTensor)
