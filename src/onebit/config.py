@@ -1,0 +1,186 @@
+"""The shape and the flags of a model: everything that decides its mathematics besides the weights.
+
+A model family is a handful of these flags. Knows nothing of files, tensors or training.
+
+    config = ModelConfig(vocab_size=4096, d_model=320, n_layers=7, n_heads=10, n_kv_heads=5, d_head=32, d_ff=960)
+    config.label        # "W1.58A8KV16"
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+Weights = Literal["b1.58", "b1", "dense"]
+Activations = Literal["a8", "a4", "a1", "none"]
+FfnActivation = Literal["silu", "relu2"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer, in the words of `nn/transformer.py` and `core/src/model.cpp`.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        d_model: width of the residual stream.
+        n_layers: transformer blocks.
+        n_heads: query heads.
+        n_kv_heads: key and value heads; divides n_heads.
+        d_head: width of a head; even.
+        d_ff: width of the gated feed-forward layer.
+        max_seq_len: longest context in tokens.
+        rope_theta: base of the rotary position angles.
+        norm_eps: added to the mean square in every RMSNorm.
+        activation: of the gate: "silu" (SwiGLU) or "relu2" (squared ReLU).
+        sub_norm: RMSNorm before the o and the down projection.
+        tied_head: the head uses the embedding matrix.
+        weights: scheme of the linear layers: "b1.58", "b1", or "dense" for a full-precision twin.
+        activations: quantiser of the linear layers' inputs: "a8", "a4", "a1", or "none" (dense only).
+        scale: weights that share a scale: "tensor", "row" or a number of inputs.
+        bos_token: id put before a prompt, or None.
+        eos_tokens: ids that end a text.
+
+    Raises:
+        ValueError: values that do not fit together.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_ff: int
+    max_seq_len: int = 512
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    activation: FfnActivation = "relu2"
+    sub_norm: bool = True
+    tied_head: bool = True
+    weights: Weights = "b1.58"
+    activations: Activations = "a8"
+    scale: Literal["tensor", "row"] | int = "tensor"
+    bos_token: int | None = None
+    eos_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "d_head",
+            "d_ff",
+            "max_seq_len",
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 2**24:
+                raise ValueError(f"config: {name} is {value!r}; expected a whole number from 1 to 2^24 - 1")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"config: n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        if self.d_head % 2:
+            raise ValueError(f"config: d_head {self.d_head} is odd; rotary positions need pairs")
+        for name, kind in (("activation", FfnActivation), ("weights", Weights), ("activations", Activations)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ValueError(f"config: {name} is {value!r}; expected one of {', '.join(get_args(kind))}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**127:
+                raise ValueError(f"config: {name} is {value!r}; expected a positive number")
+        for name in ("sub_norm", "tied_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected true or false")
+        if (self.weights == "dense") != (self.activations == "none"):
+            found = f"weights {self.weights} with activations {self.activations}"
+            raise ValueError(f"config: {found}; dense weights go with activations none, and no others do")
+        self._check_scale()
+        self._check_tokens()
+
+    def _check_scale(self) -> None:
+        if self.scale in ("tensor", "row"):
+            return
+        if type(self.scale) is not int or self.scale < 1 or self.scale % 16:
+            raise ValueError(
+                f"config: scale is {self.scale!r}; expected 'tensor', 'row' or a multiple of 16 inputs"
+            )
+        for name, (_, k) in self.linear_shapes().items():
+            if k % self.scale:
+                raise ValueError(f"config: scale group {self.scale} does not divide the {k} inputs of {name}")
+
+    def _check_tokens(self) -> None:
+        tokens = (*self.eos_tokens, *(() if self.bos_token is None else (self.bos_token,)))
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"config: special token {token!r} is outside the vocabulary of {self.vocab_size}"
+                )
+
+    @property
+    def label(self) -> str:
+        """Bit widths of weights, activations and reference KV cache, as in "W1.58A8KV16"."""
+        weights = {"b1.58": "1.58", "b1": "1", "dense": "16"}[self.weights]
+        activations = {"a8": "8", "a4": "4", "a1": "1", "none": "16"}[self.activations]
+        return f"W{weights}A{activations}KV16"
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name and [out, in] of the seven linear layers of a block, in the order in which they run."""
+        q, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        return {
+            "q": (q, self.d_model),
+            "k": (kv, self.d_model),
+            "v": (kv, self.d_model),
+            "o": (self.d_model, q),
+            "gate": (self.d_ff, self.d_model),
+            "up": (self.d_ff, self.d_model),
+            "down": (self.d_model, self.d_ff),
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name and shape of every tensor of a checkpoint, in file order."""
+        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, self.d_model)}
+        for i in range(self.n_layers):
+            block: dict[str, tuple[int, ...]] = {"attn_norm": (self.d_model,), "ffn_norm": (self.d_model,)}
+            if self.sub_norm:
+                block |= {"attn_sub_norm": (self.n_heads * self.d_head,), "ffn_sub_norm": (self.d_ff,)}
+            block |= self.linear_shapes()
+            shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
+        shapes["norm.weight"] = (self.d_model,)
+        if not self.tied_head:
+            shapes["head.weight"] = (self.vocab_size, self.d_model)
+        return shapes
+
+    def is_linear(self, name: str) -> bool:
+        """Whether a canonical tensor name is one of the quantised linear layers."""
+        parts = name.split(".")
+        return len(parts) == 4 and parts[0] == "layers" and parts[2] in self.linear_shapes()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-ready values."""
+        values = asdict(self)
+        values["eos_tokens"] = list(self.eos_tokens)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Build a config from JSON values.
+
+        Raises:
+            ValueError: a missing, unknown or impossible value.
+        """
+        known = {field.name: field for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"config: unknown field {name!r}{hint}")
+        missing = [n for n in list(known)[:7] if n not in values]
+        if missing:
+            raise ValueError(f"config: {', '.join(missing)} missing")
+        values = dict(values)
+        eos = values.get("eos_tokens", ())
+        if not isinstance(eos, (list, tuple)):
+            raise ValueError(f"config: eos_tokens is {eos!r}; expected a list of token ids")
+        values["eos_tokens"] = tuple(eos)
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""The model as differentiable mathematics (torch); the engine's oracle."""

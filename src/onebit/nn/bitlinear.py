@@ -1,0 +1,93 @@
+"""Straight-through estimators around `quant.py`: layers compute with codes and learn the weights behind them.
+
+    q, k, v = bit_linear(x, (w_q, w_k, w_v), "b1.58", "a8", "tensor")
+
+Knows the definitions of the numbers; knows nothing of the transformer around it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onebit.quant import (
+    ACTIVATION_QUANTIZERS,
+    Granularity,
+    dequantize,
+    quantize_a15,
+    quantize_rows,
+    quantize_weights,
+)
+
+
+def bit_linear(
+    x: Tensor, weights: tuple[Tensor, ...], scheme: str, activations: str, granularity: Granularity
+) -> tuple[Tensor, ...]:
+    """Multiply one input by several quantised matrices; the input is quantised once for all of them.
+
+        y = (x_codes @ w_codes.T) * w_scale * x_scale        dy/dx, dy/dw as if nothing were rounded
+
+    The product of codes runs in the autocast dtype: codes are exact in bfloat16, and in float32 so is their sum.
+
+    Args:
+        x: [..., k].
+        weights: float32 [n_i, k] each.
+        scheme: "b1.58" or "b1".
+        activations: "a8", "a4" or "a1".
+        granularity: weights that share a scale.
+
+    Returns:
+        float32 [..., n_i] for each matrix.
+    """
+    y = _BitLinear.apply(x, scheme, activations, granularity, *weights)
+    return y.split([w.shape[0] for w in weights], dim=-1)
+
+
+class _BitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scheme, activations, granularity, *weights):  # type: ignore[no-untyped-def]
+        dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        )
+        quantized = [quantize_weights(w, scheme, granularity) for w in weights]
+        x_codes, x_scale = ACTIVATION_QUANTIZERS[activations](x.float())
+        x_codes = x_codes.to(dtype)
+        if isinstance(granularity, int):
+            w = torch.cat([dequantize(codes, scale) for codes, scale in quantized]).to(dtype)
+            y = F.linear(x_codes, w).float()
+            w_scale = torch.ones_like(w[:, 0], dtype=torch.float32)
+        else:
+            w = torch.cat([codes.to(dtype) for codes, _ in quantized])
+            w_scale = torch.cat([scale.expand(codes.shape[0]) for codes, scale in quantized])
+            y = F.linear(x_codes, w).float() * w_scale
+        ctx.save_for_backward(x_codes, x_scale, w, w_scale)
+        ctx.rows = [w.shape[0] for w in weights]
+        return y * x_scale
+
+    @staticmethod
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        x_codes, x_scale, w, w_scale = ctx.saved_tensors
+        dtype = w.dtype
+        grad_x = ((grad_y * w_scale).to(dtype) @ w).float()
+        scaled = (grad_y * x_scale).to(dtype).flatten(0, -2)
+        grad_w = (scaled.T @ x_codes.flatten(0, -2)).float()
+        return grad_x, None, None, None, *grad_w.split(ctx.rows)
+
+
+def straight_through(x: Tensor, quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Replace x by codes * scale in the forward pass and pass the gradient through unchanged."""
+    with torch.no_grad():
+        codes, scale = quantizer(x.float())
+        rounded = dequantize(codes, scale) if scale.ndim < x.ndim else codes * scale
+    return x + (rounded - x).detach()
+
+
+def int8_rows(w: Tensor) -> Tensor:
+    """The embedding or head matrix as the engine keeps it: int8 with a scale per row. w: float32 [rows, n]."""
+    return straight_through(w, lambda rows: quantize_rows(rows, 8))
+
+
+def int15_activations(x: Tensor) -> Tensor:
+    """The head's input as the engine keeps it: 15 bits per token. x: float32 [..., n]."""
+    return straight_through(x, quantize_a15)

@@ -1,0 +1,152 @@
+"""The whole model in one file: a decoder-only transformer with quantised linear layers.
+
+Mirrors core/src/model.cpp name by name. In eval mode and float32 it computes what the engine computes, up to the
+order of float sums; in training it is the same function under autocast, with straight-through gradients.
+
+Legend: B batch, T tokens, D d_model, F d_ff, N heads, K kv heads, H d_head, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onebit.config import ModelConfig
+from onebit.nn.bitlinear import bit_linear, int8_rows, int15_activations
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, float32 [..., width]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """A float32 master matrix [out, in] without bias; `Block` decides how it multiplies."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, k))
+
+
+class Block(nn.Module):
+    """Attention and gated feed-forward layer, each with a pre-norm and, where configured, a sub-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.sub_norm:
+            self.attn_sub_norm = RMSNorm(config.n_heads * config.d_head, config.norm_eps)
+            self.ffn_sub_norm = RMSNorm(config.d_ff, config.norm_eps)
+        for name, (n, k) in config.linear_shapes().items():
+            setattr(self, name, Linear(n, k))
+
+    def linear(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
+        """Multiply x [..., in] by the named matrices; they share its quantisation."""
+        weights = tuple(getattr(self, name).weight for name in names)
+        if self.config.weights == "dense":
+            return F.linear(x, torch.cat(weights)).float().split([w.shape[0] for w in weights], dim=-1)
+        return bit_linear(x, weights, self.config.weights, self.config.activations, self.config.scale)
+
+    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        """One block; cos and sin are float32 [T, H / 2]."""
+        c = self.config
+        q, k, v = self.linear(self.attn_norm(x_BTD), "q", "k", "v")
+        q_BNTH = rope(_heads(q, c.n_heads), cos_TH, sin_TH)
+        # The cache holds bfloat16, so keys and values are rounded here too.
+        k_BKTH = rope(_heads(k, c.n_kv_heads), cos_TH, sin_TH).bfloat16().float()
+        v_BKTH = _heads(v, c.n_kv_heads).bfloat16().float()
+        a_BNTH = F.scaled_dot_product_attention(
+            q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=c.n_kv_heads != c.n_heads
+        )
+        a = a_BNTH.float().transpose(1, 2).flatten(2)
+        x_BTD = x_BTD + self.linear(self.attn_sub_norm(a) if c.sub_norm else a, "o")[0]
+
+        gate, up = self.linear(self.ffn_norm(x_BTD), "gate", "up")
+        f_BTF = (F.relu(gate).square() if c.activation == "relu2" else F.silu(gate)) * up
+        return x_BTD + self.linear(self.ffn_sub_norm(f_BTF) if c.sub_norm else f_BTF, "down")[0]
+
+
+class Transformer(nn.Module):
+    """Tokens in, logits out. State dict names are the canonical names of `ModelConfig.tensor_shapes`.
+
+    Args:
+        config: shape and flags.
+        seed: of the initial weights: normal with deviation 0.02, o and down divided by sqrt(2 n_layers).
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Linear(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.tied_head:
+            self.head = Linear(config.vocab_size, config.d_model)
+        self.cos: Tensor
+        self.sin: Tensor
+        for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                deep = name.endswith((".o.weight", ".down.weight"))
+                deviation = 0.02 / (2 * config.n_layers) ** 0.5 if deep else 0.02
+                nn.init.normal_(parameter, std=deviation, generator=generator)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            tokens_BT: int64 [B, T], T at most max_seq_len.
+
+        Returns:
+            float32 [B, T, V].
+        """
+        length = tokens_BT.shape[1]
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} tokens exceed the context of {self.config.max_seq_len}")
+        quantized = self.config.weights != "dense"
+        embed_VD = int8_rows(self.embed.weight) if quantized else self.embed.weight
+        x_BTD = F.embedding(tokens_BT, embed_VD)
+        cos_TH, sin_TH = self.cos[:length], self.sin[:length]
+        for block in self.layers:
+            x_BTD = block(x_BTD, cos_TH, sin_TH)
+        x_BTD = self.norm(x_BTD)
+        if self.config.tied_head:
+            head_VD = embed_VD
+        else:
+            head_VD = int8_rows(self.head.weight) if quantized else self.head.weight
+        return F.linear(int15_activations(x_BTD) if quantized else x_BTD, head_VD).float()
+
+
+def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, float32 [max_seq_len, d_head / 2].
+
+    angle = position * float32(theta^(-2 i / d_head)), computed in float64, where the product is exact.
+    """
+    exponent = np.arange(0, config.d_head, 2, dtype=np.float64) / config.d_head
+    inv_freq = (float(config.rope_theta) ** -exponent).astype(np.float32).astype(np.float64)
+    angle = np.arange(config.max_seq_len, dtype=np.float64)[:, None] * inv_freq
+    return torch.from_numpy(np.cos(angle).astype(np.float32)), torch.from_numpy(
+        np.sin(angle).astype(np.float32)
+    )
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of every head: (a, b) -> (a cos - b sin, b cos + a sin). x: [B, heads, T, H]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _heads(x: Tensor, n: int) -> Tensor:
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)

@@ -1,0 +1,232 @@
+"""From a folder of text to token shards: documents, tokenizer training, memory-mapped arrays, batches.
+
+Reads .txt, .md and .jsonl (field "text"), plain or inside .tar, .gz, .xz and .bz2. Knows nothing of models. A batch
+is a pure function of the seed and the step, so a resumed run reads what the killed one would have read.
+"""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text in a folder: one array of training tokens and one of held-out tokens.
+
+    Args:
+        train: uint16 or uint32 [n], memory-mapped; documents end with the end-of-text token.
+        held_out: the same, of documents that no training token comes from.
+        token_bytes: int32 [vocab], UTF-8 bytes that each token stands for.
+        sha256: of both arrays and the tokenizer: names the data in a model's provenance.
+        tokenizer: the bytes of tokenizer.json.
+        end_token: id of the end-of-text token.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    token_bytes: np.ndarray
+    sha256: str
+    tokenizer: bytes
+    end_token: int
+
+
+def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
+    """Yield the texts below a folder, in the order of their paths.
+
+    Args:
+        folder: where to look.
+        include: glob patterns; one must match "path/in/folder" (less .gz, .xz, .bz2) or
+            "path/archive.tar.xz/member".
+
+    Raises:
+        ValueError: a file that is not UTF-8 text, or JSON lines without a "text".
+        FileNotFoundError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; --data expects one with .txt, .md or .jsonl files"
+        )
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        for member, raw in _open_members(path, name):
+            if any(fnmatch(member, pattern) for pattern in include):
+                yield from _split_documents(member, raw)
+
+
+def _open_members(path: Path, name: str) -> Iterator[tuple[str, IO[bytes]]]:
+    if ".tar" in path.suffixes[-2:]:
+        with tarfile.open(path) as archive:
+            for entry in sorted((e for e in archive if e.isfile()), key=lambda e: e.name):
+                raw = archive.extractfile(entry)
+                if raw is not None and entry.name.endswith(TEXT_SUFFIXES):
+                    yield f"{name}/{entry.name}", raw
+    elif path.suffix in _OPENERS and path.stem.endswith(TEXT_SUFFIXES):
+        with _OPENERS[path.suffix](path) as raw:
+            yield name.removesuffix(path.suffix), raw
+    elif path.suffix in TEXT_SUFFIXES:
+        with path.open("rb") as raw:
+            yield name, raw
+
+
+def _split_documents(name: str, raw: IO[bytes]) -> Iterator[str]:
+    try:
+        text = raw.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: not UTF-8 text (byte {error.start}); re-encode it or leave it out"
+        ) from None
+    if Path(name).suffix != ".jsonl":
+        yield from (part.strip() for part in text.split(END_OF_TEXT) if part.strip())
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+            if not isinstance(document, str):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f'{name}, line {number}: expected a JSON object with a string "text"') from None
+        if document.strip():
+            yield document.strip()
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; every byte is a token, so no text is unknown.
+
+    Raises:
+        ValueError: the text yields fewer tokens than asked for.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
+            f"give more text or a smaller --set data.vocab_size"
+        )
+    return tokenizer
+
+
+def prepare(
+    data: Path, out: Path, include: tuple[str, ...], vocab_size: int, held_out: float, seq_len: int
+) -> Corpus:
+    """Tokenise a folder into shards below `out`, training the tokenizer first, and open them.
+
+    A document is held out when the hash of its text says so; the choice depends on nothing else.
+
+    Args:
+        data: folder with text.
+        out: folder for tokenizer.json, train.npy and held_out.npy; finished files are reused.
+        include: see `read_documents`.
+        vocab_size: of the tokenizer.
+        held_out: share of the documents that are never trained on.
+        seq_len: both parts must hold at least one sequence of this length.
+
+    Raises:
+        ValueError: no text, too little text, or bad files.
+    """
+    if not (out / "corpus.json").exists():
+        documents = list(dict.fromkeys(read_documents(data, include)))
+        if not documents:
+            raise ValueError(
+                f"{data}: no text found; expected .txt, .md or .jsonl files (plain, .gz, .xz, .bz2 or .tar) "
+                f"matching {', '.join(include)}"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        parts: dict[str, list[str]] = {"train": [], "held_out": []}
+        for text in documents:
+            first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+            parts["held_out" if first < held_out * 2**32 else "train"].append(text)
+        tokenizer = train_tokenizer(parts["train"], vocab_size)
+        digest = hashlib.sha256(tokenizer.to_str().encode())
+        for name, texts in parts.items():
+            tokens = _encode(tokenizer, texts)
+            digest.update(tokens.tobytes())
+            np.save(out / f"{name}.npy", tokens)
+        (out / "tokenizer.json").write_text(tokenizer.to_str())
+        # Written last: its presence says that the other files are whole.
+        (out / "corpus.json").write_text(
+            json.dumps({"sha256": digest.hexdigest(), "documents": len(documents)})
+        )
+    corpus = _open(out)
+    for name, tokens in (("train", corpus.train), ("held_out", corpus.held_out)):
+        if len(tokens) <= seq_len:
+            raise ValueError(
+                f"{data}: the {name} part has {len(tokens)} tokens, fewer than one sequence of {seq_len} + 1; "
+                f"give more text or change data.held_out or data.seq_len"
+            )
+    return corpus
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    chunks = [np.array([*encoding.ids, end], dtype) for encoding in tokenizer.encode_batch(texts)]
+    return np.concatenate(chunks) if chunks else np.empty(0, dtype)
+
+
+def _open(out: Path) -> Corpus:
+    raw = (out / "tokenizer.json").read_bytes()
+    tokenizer = Tokenizer.from_buffer(raw)
+    # In a byte-level vocabulary every character of a token's name stands for one byte.
+    token_bytes = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    vocab = tokenizer.get_vocab()
+    for name, token in vocab.items():
+        token_bytes[token] = 0 if name == END_OF_TEXT else len(name)
+    return Corpus(
+        train=np.load(out / "train.npy", mmap_mode="r"),
+        held_out=np.load(out / "held_out.npy", mmap_mode="r"),
+        token_bytes=token_bytes,
+        sha256=json.loads((out / "corpus.json").read_text())["sha256"],
+        tokenizer=raw,
+        end_token=vocab[END_OF_TEXT],
+    )
+
+
+def batch(tokens: np.ndarray, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+    """The sequences of one optimiser step, a pure function of its arguments.
+
+    Each epoch cuts the tokens into sequences at a random offset and visits them in a random order.
+
+    Args:
+        tokens: [n], n > seq_len.
+        step: number of the batch, from 0.
+        batch_size: sequences.
+        seq_len: tokens to predict in each.
+        seed: of the order.
+
+    Returns:
+        int64 [batch_size, seq_len + 1]: inputs and, shifted by one, targets.
+    """
+    n_sequences = (len(tokens) - 1) // seq_len
+    spare = len(tokens) - 1 - n_sequences * seq_len
+    rows = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(index, n_sequences)
+        random = np.random.default_rng((seed, epoch))
+        start = int(random.integers(spare + 1)) + int(random.permutation(n_sequences)[place]) * seq_len
+        rows.append(tokens[start : start + seq_len + 1].astype(np.int64))
+    return np.stack(rows)
