@@ -1,0 +1,70 @@
+"""Reading by content, converting. Kinds: exact (kind of file, refusals), invariant (conversions agree)."""
+
+import numpy as np
+import pytest
+
+import tiny
+from onebit import formats
+from onebit.checkpoint import dequantize, quantize
+
+
+@pytest.fixture
+def folder(tmp_path):
+    formats.write(tiny.master(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_convert_equals_quantize(folder, tmp_path):
+    converted = formats.convert(folder, tmp_path / "x.onebit")
+    expected = dequantize(quantize(tiny.master()))
+    for packed in (converted, formats.read(tmp_path / "x.onebit"), formats.read(str(tmp_path / "x.onebit"))):
+        assert packed.label == "W1.58A8KV16" and packed.tokenizer == tiny.tokenizer_json()
+        for name, w in dequantize(packed).tensors.items():
+            assert np.array_equal(w, expected.tensors[name])
+
+
+def test_convert_changes_the_layout_in_place(folder, tmp_path):
+    path = tmp_path / "x.onebit"
+    formats.convert(folder, path)
+    t80 = path.read_bytes()
+    formats.convert(path, path, "r64")
+    assert formats.read(path).tensors["layers.0.q.weight"].encoding == "r64" and path.read_bytes() != t80
+    formats.convert(path, path, "t80")
+    assert path.read_bytes() == t80
+
+
+def test_a_file_is_told_by_its_content(folder, tmp_path):
+    formats.convert(folder, tmp_path / "x.onebit")
+    (tmp_path / "x.onebit").rename(tmp_path / "model.bin")
+    assert formats.read(tmp_path / "model.bin").is_packed
+
+
+def test_unreadable_places_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing: no such file or folder; expected a .onebit file"):
+        formats.read(tmp_path / "nothing")
+    with pytest.raises(
+        ValueError, match=r"a folder without a model; expected config.json and model.safetensors"
+    ):
+        formats.read(tmp_path)
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        formats.read("/dev/null")
+
+
+def test_convert_refuses_before_it_writes(folder, tmp_path):
+    for dst, encoding in (
+        (tmp_path / "x.gguf", None),
+        (tmp_path / "x.onebit", "b128"),
+        (tmp_path / "x", None),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            formats.convert(folder, dst, encoding)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        formats.convert(folder, tmp_path / "nowhere" / "x.onebit")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_dense_twin_is_not_packed(tmp_path):
+    formats.write(tiny.master(tiny.config(weights="dense", activations="none")), tmp_path / "twin")
+    assert formats.read(tmp_path / "twin").label == "W16A16KV16"
+    with pytest.raises(ValueError, match="a dense model has no codes"):
+        formats.convert(tmp_path / "twin", tmp_path / "x.onebit")
