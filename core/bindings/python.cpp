@@ -1,0 +1,469 @@
+// The Python face of the core: checks everything that comes from outside, then calls code that trusts its arguments.
+// Arrays are borrowed without a copy and kept alive; what does not fit raises ValueError.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "onebit/kernels.h"
+#include "onebit/kv_cache.h"
+#include "onebit/model.h"
+#include "onebit/rope.h"
+#include "onebit/sampling.h"
+#include "onebit/types.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using onebit::PackedMatrix;
+
+void bind_kernels(nb::module_& m);
+
+namespace {
+
+constexpr int kMaxKernels = 16;
+constexpr const char* kEncodingNames[onebit::kEncodings] = {"t80", "r64", "b128", "q8", "q4"};
+
+// 127 * 127 * inputs must fit an int32 sum.
+constexpr std::int64_t kMaxInputs = 1 << 17;
+constexpr int kMaxThreads = 1024;
+
+[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+void require(bool condition, const std::string& message) {
+  if (!condition) fail(message);
+}
+
+// A contiguous array of T with the shape it came with.
+template <class T>
+struct Array {
+  nb::ndarray<nb::ro, nb::device::cpu> owner;
+  const T* data;
+
+  std::int64_t size(int axis) const { return static_cast<std::int64_t>(owner.shape(axis)); }
+  int ndim() const { return static_cast<int>(owner.ndim()); }
+};
+
+template <class T>
+Array<T> array(nb::handle value, const std::string& name, int ndim) {
+  const std::string type = nb::dtype<T>() == nb::dtype<float>()          ? "float32"
+                           : nb::dtype<T>() == nb::dtype<std::int32_t>() ? "int32"
+                                                                         : "uint8";
+  const std::string expected =
+      name + ": expected a contiguous " + type + " array" + (ndim ? " of " + std::to_string(ndim) + " dimensions" : "");
+  nb::ndarray<nb::ro, nb::device::cpu> a;
+  require(nb::ndarray_check(value) && nb::try_cast(value, a), expected);
+  require(a.dtype() == nb::dtype<T>() && (ndim == 0 || a.ndim() == static_cast<std::size_t>(ndim)), expected);
+  std::int64_t stride = 1;
+  for (std::size_t axis = a.ndim(); axis-- > 0;) {
+    require(a.shape(axis) == 1 || a.size() == 0 || a.stride(axis) == stride, expected);
+    stride *= static_cast<std::int64_t>(a.shape(axis));
+  }
+  const T* data = static_cast<const T*>(a.data());
+  require(reinterpret_cast<std::uintptr_t>(data) % alignof(T) == 0, name + ": the array is not aligned");
+  return {std::move(a), data};
+}
+
+std::string shape_text(std::initializer_list<std::int64_t> shape) {
+  std::string text = "[";
+  for (const std::int64_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
+  return text + "]";
+}
+
+// A PackedMatrix together with the arrays it borrows.
+struct PackedArrays {
+  PackedMatrix matrix;
+  nb::ndarray<nb::ro, nb::device::cpu> data;
+  nb::ndarray<nb::ro, nb::device::cpu> scale;
+};
+
+PackedArrays make_packed(const std::string& encoding, std::int64_t n, std::int64_t k, nb::handle data,
+                         nb::handle scale) {
+  int index = 0;
+  while (index < onebit::kEncodings && encoding != kEncodingNames[index]) ++index;
+  require(index < onebit::kEncodings, "encoding " + encoding + ": expected t80, r64, b128, q8 or q4");
+  require(n >= 1 && k >= 1 && n < (1 << 30) && k <= kMaxInputs, "packed matrix " + shape_text({n, k}) +
+                                                                    ": expected at most 2^30 rows of at most " +
+                                                                    std::to_string(kMaxInputs) + " inputs");
+  const auto kind = static_cast<onebit::Encoding>(index);
+  const int rows = onebit::tile_rows(kind);
+  const std::int64_t tiles = (n + rows - 1) / rows;
+  const std::int64_t units = onebit::pad_inputs(static_cast<int>(k)) / 4;
+  auto units_u8 = array<std::uint8_t>(data, "packed data", 3);
+  require(units_u8.size(0) == tiles && units_u8.size(1) == units && units_u8.size(2) == 64,
+          "packed data: expected " + shape_text({tiles, units, 64}) + " for " + encoding + " " + shape_text({n, k}) +
+              ", not " + shape_text({units_u8.size(0), units_u8.size(1), units_u8.size(2)}));
+
+  auto scale_f32 = array<float>(scale, "scale", 0);
+  const int ndim = scale_f32.ndim();
+  const bool per_tensor = ndim == 1 && scale_f32.size(0) == 1;
+  const bool per_row = ndim == 1 && scale_f32.size(0) == n;
+  const bool per_group = ndim == 2 && scale_f32.size(0) == n && scale_f32.size(1) >= 1 && k % scale_f32.size(1) == 0;
+  require(per_tensor || per_row || per_group, "scale: expected [1], [" + std::to_string(n) + "] or [" +
+                                                  std::to_string(n) + ", groups], where groups divides " +
+                                                  std::to_string(k));
+  const int group = per_group && scale_f32.size(1) > 1 ? static_cast<int>(k / scale_f32.size(1)) : 0;
+  require(group % onebit::kInputAlign == 0,
+          "scale: a group of " + std::to_string(group) + " inputs is no multiple of 16");
+  const PackedMatrix matrix{
+      kind, static_cast<int>(n), static_cast<int>(k), units_u8.data, scale_f32.data, per_row || per_group, group};
+  return {matrix, std::move(units_u8.owner), std::move(scale_f32.owner)};
+}
+
+// The weights of a checkpoint by canonical name, and the arrays to keep alive.
+class Tensors {
+ public:
+  explicit Tensors(nb::dict tensors) : tensors_(std::move(tensors)) {}
+
+  const float* gain(const std::string& name, int n) {
+    auto values = array<float>(find(name), name, 1);
+    require(values.size(0) == n,
+            name + ": expected " + std::to_string(n) + " values, not " + std::to_string(values.size(0)));
+    owners_.push_back(std::move(values.owner));
+    return values.data;
+  }
+
+  PackedMatrix matrix(const std::string& name, std::int64_t n, std::int64_t k, bool is_linear) {
+    const nb::handle value = find(name);
+    require(nb::isinstance<PackedArrays>(value), name + ": expected a PackedMatrix");
+    const auto& packed = nb::cast<const PackedArrays&>(value);
+    const PackedMatrix& matrix = packed.matrix;
+    require(matrix.n == n && matrix.k == k,
+            name + ": expected shape " + shape_text({n, k}) + ", not " + shape_text({matrix.n, matrix.k}));
+    const bool is_row_wise = matrix.encoding == onebit::Encoding::kQ8 || matrix.encoding == onebit::Encoding::kQ4;
+    const bool is_expected = is_linear ? !is_row_wise : matrix.encoding == onebit::Encoding::kQ8;
+    const std::string encoding = kEncodingNames[static_cast<int>(matrix.encoding)];
+    require(is_expected, name + ": encoding " + encoding + "; expected " + (is_linear ? "t80, r64 or b128" : "q8"));
+    require(is_linear || (matrix.scale_per_row && matrix.group == 0), name + ": expected one scale per row");
+    owners_.push_back(packed.data);
+    owners_.push_back(packed.scale);
+    return matrix;
+  }
+
+  std::vector<nb::ndarray<nb::ro, nb::device::cpu>> take_owners() { return std::move(owners_); }
+
+ private:
+  nb::handle find(const std::string& name) {
+    require(tensors_.contains(name.c_str()), name + " is missing");
+    return tensors_[name.c_str()];
+  }
+
+  nb::dict tensors_;
+  std::vector<nb::ndarray<nb::ro, nb::device::cpu>> owners_;
+};
+
+int positive(nb::handle config, const char* name) {
+  const auto value = nb::cast<std::int64_t>(config.attr(name));
+  require(value > 0 && value < (1 << 24), std::string("config: ") + name + " is " + std::to_string(value));
+  return static_cast<int>(value);
+}
+
+template <class Choice>
+Choice choose(nb::handle config, const char* name, std::initializer_list<std::pair<const char*, Choice>> choices) {
+  const auto value = nb::cast<std::string>(config.attr(name));
+  for (const auto& [text, choice] : choices) {
+    if (value == text) return choice;
+  }
+  fail(std::string("config: ") + name + " is " + value + ", which the core does not know");
+}
+
+onebit::ModelConfig read_config(nb::handle config) {
+  using onebit::Activations;
+  using onebit::FfnActivation;
+  return {
+      .vocab_size = positive(config, "vocab_size"),
+      .d_model = positive(config, "d_model"),
+      .n_layers = positive(config, "n_layers"),
+      .n_heads = positive(config, "n_heads"),
+      .n_kv_heads = positive(config, "n_kv_heads"),
+      .d_head = positive(config, "d_head"),
+      .d_ff = positive(config, "d_ff"),
+      .max_seq_len = positive(config, "max_seq_len"),
+      .norm_eps = nb::cast<float>(config.attr("norm_eps")),
+      .activation = choose<FfnActivation>(config, "activation",
+                                          {{"silu", FfnActivation::kSilu}, {"relu2", FfnActivation::kRelu2}}),
+      .activations = choose<Activations>(
+          config, "activations", {{"a8", Activations::kA8}, {"a4", Activations::kA4}, {"a1", Activations::kA1}}),
+      .sub_norm = nb::cast<bool>(config.attr("sub_norm")),
+  };
+}
+
+onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_head, Tensors& tensors) {
+  const std::int64_t q_width = static_cast<std::int64_t>(config.n_heads) * config.d_head;
+  const std::int64_t kv_width = static_cast<std::int64_t>(config.n_kv_heads) * config.d_head;
+  onebit::ModelWeights weights;
+  weights.embed = tensors.matrix("embed.weight", config.vocab_size, config.d_model, false);
+  weights.head = tied_head ? weights.embed : tensors.matrix("head.weight", config.vocab_size, config.d_model, false);
+  weights.norm = tensors.gain("norm.weight", config.d_model);
+  for (int i = 0; i < config.n_layers; ++i) {
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    const auto linear = [&](const char* name, std::int64_t n, std::int64_t k) {
+      return tensors.matrix(prefix + name + ".weight", n, k, true);
+    };
+    const auto gain = [&](const char* name, std::int64_t n) {
+      return tensors.gain(prefix + name + ".weight", static_cast<int>(n));
+    };
+    onebit::LayerWeights layer{};
+    layer.attn_norm = gain("attn_norm", config.d_model);
+    layer.q = linear("q", q_width, config.d_model);
+    layer.k = linear("k", kv_width, config.d_model);
+    layer.v = linear("v", kv_width, config.d_model);
+    layer.o = linear("o", config.d_model, q_width);
+    layer.ffn_norm = gain("ffn_norm", config.d_model);
+    layer.gate = linear("gate", config.d_ff, config.d_model);
+    layer.up = linear("up", config.d_ff, config.d_model);
+    layer.down = linear("down", config.d_model, config.d_ff);
+    if (config.sub_norm) {
+      layer.attn_sub_norm = gain("attn_sub_norm", q_width);
+      layer.ffn_sub_norm = gain("ffn_sub_norm", config.d_ff);
+    }
+    require(layer.q.group == layer.k.group && layer.q.group == layer.v.group && layer.gate.group == layer.up.group,
+            prefix + "*: matrices that share an input must share its scale groups");
+    weights.layers.push_back(layer);
+  }
+  return weights;
+}
+
+// A model together with the arrays it borrows.
+struct OwnedModel {
+  std::vector<nb::ndarray<nb::ro, nb::device::cpu>> owners;
+  std::unique_ptr<onebit::Model> model;
+};
+
+OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa, int threads) {
+  const onebit::Kernels* kernels = onebit::find_kernels(isa.c_str());
+  require(kernels != nullptr, "isa " + isa + " is not available on this machine");
+  require(threads >= 1 && threads <= kMaxThreads,
+          "threads is " + std::to_string(threads) + "; expected 1 to " + std::to_string(kMaxThreads));
+  const onebit::ModelConfig values = read_config(config);
+  require(values.n_heads % values.n_kv_heads == 0 && values.d_head % 2 == 0,
+          "config: n_kv_heads must divide n_heads, and d_head must be even");
+  Tensors source(std::move(tensors));
+  onebit::ModelWeights weights = read_weights(values, nb::cast<bool>(config.attr("tied_head")), source);
+  const auto frequencies = array<float>(inv_freq, "inv_freq", 1);
+  require(frequencies.size(0) == values.d_head / 2, "inv_freq: expected d_head / 2 values");
+  for (int i = 0; i < values.d_head / 2; ++i) {
+    require(frequencies.data[i] >= 0.0f && frequencies.data[i] <= 1.0f, "inv_freq: expected values from 0 to 1");
+  }
+  weights.inv_freq.assign(frequencies.data, frequencies.data + values.d_head / 2);
+  return {source.take_owners(), std::make_unique<onebit::Model>(values, std::move(weights), *kernels, threads)};
+}
+
+void check_range(const Array<std::int32_t>& values, const char* name, std::int64_t limit) {
+  for (std::int64_t i = 0; i < values.size(0); ++i) {
+    require(values.data[i] >= 0 && values.data[i] < limit, std::string(name) + "[" + std::to_string(i) + "] is " +
+                                                               std::to_string(values.data[i]) + "; expected 0 to " +
+                                                               std::to_string(limit - 1));
+  }
+}
+
+void check_sequences(const onebit::Batch& batch, int n_blocks) {
+  require(batch.seq_starts[0] == 0 && batch.seq_starts[batch.n_seqs] == batch.n_tokens,
+          "seq_starts: expected to begin with 0 and end with the number of tokens, " + std::to_string(batch.n_tokens));
+  for (int seq = 0; seq < batch.n_seqs; ++seq) {
+    const int begin = batch.seq_starts[seq];
+    const int end = batch.seq_starts[seq + 1];
+    require(begin <= end && end <= batch.n_tokens, "seq_starts: expected ascending values");
+    if (begin == end) continue;
+    for (int t = begin + 1; t < end; ++t) {
+      require(batch.positions[t] == batch.positions[t - 1] + 1,
+              "positions[" + std::to_string(t) + "] does not follow the position before it in sequence " +
+                  std::to_string(seq));
+    }
+    const int n_used = batch.positions[end - 1] / onebit::kBlockTokens + 1;
+    require(n_used <= batch.table_width, "block_tables: sequence " + std::to_string(seq) + " needs " +
+                                             std::to_string(n_used) + " blocks, the table has " +
+                                             std::to_string(batch.table_width));
+    for (int b = 0; b < n_used; ++b) {
+      const int block = batch.block_tables[static_cast<std::size_t>(seq) * batch.table_width + b];
+      require(block >= 0 && block < n_blocks, "block_tables[" + std::to_string(seq) + ", " + std::to_string(b) +
+                                                  "] is " + std::to_string(block) + "; expected 0 to " +
+                                                  std::to_string(n_blocks - 1));
+    }
+  }
+}
+
+using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts,
+               nb::handle block_tables, nb::handle rows, onebit::KvCache& cache) {
+  const onebit::ModelConfig& config = self.model->config();
+  const auto tokens_T = array<std::int32_t>(tokens, "tokens", 1);
+  const auto positions_T = array<std::int32_t>(positions, "positions", 1);
+  const auto starts_S = array<std::int32_t>(seq_starts, "seq_starts", 1);
+  const auto tables_SB = array<std::int32_t>(block_tables, "block_tables", 2);
+  const auto rows_R = array<std::int32_t>(rows, "rows", 1);
+  require(tokens_T.size(0) >= 1 && tokens_T.size(0) < (1 << 24), "tokens: expected 1 to 2^24 - 1 tokens");
+  require(positions_T.size(0) == tokens_T.size(0),
+          "positions: expected one for each of the " + std::to_string(tokens_T.size(0)) + " tokens");
+  require(starts_S.size(0) >= 2 && starts_S.size(0) - 1 == tables_SB.size(0),
+          "seq_starts: expected one more value than block_tables has rows, " + std::to_string(tables_SB.size(0) + 1));
+  require(tables_SB.size(1) < (1 << 24) && rows_R.size(0) < (1 << 24), "block_tables or rows: too large");
+  check_range(tokens_T, "tokens", config.vocab_size);
+  check_range(positions_T, "positions", config.max_seq_len);
+  check_range(rows_R, "rows", tokens_T.size(0));
+  require(
+      cache.n_layers() == config.n_layers && cache.n_kv_heads() == config.n_kv_heads && cache.d_head() == config.d_head,
+      "cache: made for a model of another shape");
+  const onebit::Batch batch{
+      .tokens = tokens_T.data,
+      .positions = positions_T.data,
+      .seq_starts = starts_S.data,
+      .block_tables = tables_SB.data,
+      .rows = rows_R.data,
+      .n_tokens = static_cast<int>(tokens_T.size(0)),
+      .n_seqs = static_cast<int>(tables_SB.size(0)),
+      .table_width = static_cast<int>(tables_SB.size(1)),
+      .n_rows = static_cast<int>(rows_R.size(0)),
+  };
+  check_sequences(batch, cache.n_blocks());
+
+  const std::size_t n_rows = static_cast<std::size_t>(batch.n_rows);
+  const std::size_t n_vocab = static_cast<std::size_t>(config.vocab_size);
+  std::unique_ptr<float[]> logits(new float[n_rows * n_vocab]);
+  {
+    nb::gil_scoped_release release;
+    self.model->forward(batch, cache, logits.get());
+  }
+  nb::capsule owner(logits.get(), [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return Logits(logits.release(), {n_rows, n_vocab}, owner);
+}
+
+int sample(nb::handle logits, nb::handle history, double temperature, std::int64_t top_k, double top_p, double min_p,
+           double repetition_penalty, std::uint64_t seed, std::uint64_t counter) {
+  const auto logits_V = array<float>(logits, "logits", 1);
+  const auto ids = array<std::int32_t>(history, "history", 1);
+  require(logits_V.size(0) >= 1 && logits_V.size(0) <= std::numeric_limits<std::int32_t>::max(),
+          "logits: expected some");
+  check_range(ids, "history", logits_V.size(0));
+  bool any_finite = false;
+  for (std::int64_t i = 0; i < logits_V.size(0); ++i) {
+    const float logit = logits_V.data[i];
+    require(logit <= std::numeric_limits<float>::max(),
+            "logits[" + std::to_string(i) + "] is " + (std::isnan(logit) ? "NaN" : "infinite"));
+    any_finite |= logit >= std::numeric_limits<float>::lowest();
+  }
+  require(any_finite, "logits: all are -infinity");
+  require(std::isfinite(temperature) && temperature >= 0.0, "temperature: expected a number of at least 0");
+  require(top_k >= 0, "top_k: expected 0 (all) or more");
+  require(top_p > 0.0 && top_p <= 1.0, "top_p: expected more than 0 and at most 1");
+  require(min_p >= 0.0 && min_p <= 1.0, "min_p: expected 0 to 1");
+  require(repetition_penalty >= 1e-6 && repetition_penalty <= 1e6, "repetition_penalty: expected 1e-6 to 1e6");
+  const onebit::SamplingParams params{
+      .repetition_penalty = static_cast<float>(repetition_penalty),
+      .temperature = temperature,
+      .top_k = static_cast<int>(std::min<std::int64_t>(top_k, logits_V.size(0))),
+      .top_p = top_p,
+      .min_p = min_p,
+      .seed = seed,
+      .counter = counter,
+  };
+  return onebit::sample({logits_V.data, static_cast<std::size_t>(logits_V.size(0))},
+                        {ids.data, static_cast<std::size_t>(ids.size(0))}, params);
+}
+
+std::vector<std::string> available_isas() {
+  const onebit::Kernels* tables[kMaxKernels];
+  const int n = std::min(onebit::available_kernels(tables, kMaxKernels), kMaxKernels);
+  std::vector<std::string> names;
+  for (int i = 0; i < n; ++i) names.emplace_back(tables[i]->name);
+  return names;
+}
+
+nb::tuple sine_cosine(double x) {
+  require(x >= 0.0 && x < 0x1p24, "x: expected 0 to 2^24");
+  double s, c;
+  onebit::sincos(x, &s, &c);
+  return nb::make_tuple(s, c);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "The compiled core of onebit. Only onebit.engine.model imports it.";
+  m.attr("BLOCK_TOKENS") = onebit::kBlockTokens;
+  auto kernels = m.def_submodule("kernels", "Every kernel of every instruction set, for tests.");
+  bind_kernels(kernels);
+
+  m.def("available_isas", &available_isas,
+        "Names of the instruction sets that this build and this CPU run, best first.");
+  m.def("sincos", &sine_cosine, "x"_a,
+        "The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24.");
+  m.def("sample", &sample, "logits"_a, "history"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+        "repetition_penalty"_a, "seed"_a, "counter"_a,
+        nb::sig("def sample(logits: numpy.typing.NDArray[numpy.float32], history: numpy.typing.NDArray[numpy.int32], "
+                "temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int, "
+                "counter: int) -> int"),
+        "Draw a token id from logits [V]; history holds the ids of prompt and output.");
+  m.def(
+      "exp_negative",
+      [](double x) {
+        require(x <= 0.0, "x: expected at most 0");
+        return onebit::exp_negative(x);
+      },
+      "x"_a, "The float64 exponential behind the sampler, for x <= 0.");
+  m.def(
+      "philox",
+      [](std::uint64_t counter_low, std::uint64_t counter_high, std::uint64_t key) {
+        const auto low = [](std::uint64_t x) { return static_cast<std::uint32_t>(x); };
+        const auto words =
+            onebit::philox({low(counter_low), low(counter_low >> 32), low(counter_high), low(counter_high >> 32)},
+                           {low(key), low(key >> 32)});
+        return nb::make_tuple(words[0], words[1], words[2], words[3]);
+      },
+      "counter_low"_a, "counter_high"_a, "key"_a, "Four random words of Philox 4x32-10.");
+
+  nb::class_<PackedArrays>(m, "PackedMatrix", "A packed matrix that borrows its arrays.")
+      .def(
+          "__init__",
+          [](PackedArrays* self, const std::string& encoding, std::int64_t n, std::int64_t k, nb::handle data,
+             nb::handle scale) { new (self) PackedArrays(make_packed(encoding, n, k, data, scale)); },
+          "encoding"_a, "n"_a, "k"_a, "data"_a, "scale"_a,
+          nb::sig("def __init__(self, encoding: str, n: int, k: int, data: numpy.typing.NDArray[numpy.uint8], "
+                  "scale: numpy.typing.NDArray[numpy.float32]) -> None"),
+          "data: uint8 [tiles, k_padded / 4, 64]; scale: float32 [1], [n] or [n, groups].");
+
+  nb::class_<onebit::KvCache>(m, "KvCache", "Keys and values as bfloat16, in blocks of BLOCK_TOKENS positions.")
+      .def_prop_ro("n_blocks", &onebit::KvCache::n_blocks, "Blocks in the cache.")
+      .def_prop_ro("bytes", &onebit::KvCache::bytes, "Memory of all blocks.");
+
+  nb::class_<OwnedModel>(m, "Model", "A transformer that borrows its weights.")
+      .def(
+          "__init__",
+          [](OwnedModel* self, nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa,
+             int threads) { new (self) OwnedModel(make_model(config, std::move(tensors), inv_freq, isa, threads)); },
+          "config"_a, "tensors"_a, "inv_freq"_a, "isa"_a, "threads"_a,
+          nb::sig("def __init__(self, config: object, tensors: dict[str, PackedMatrix | "
+                  "numpy.typing.NDArray[numpy.float32]], "
+                  "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int) -> None"),
+          "config: an onebit.config.ModelConfig; tensors by canonical name; inv_freq: float32 [d_head / 2].")
+      .def(
+          "new_cache",
+          [](const OwnedModel& self, std::int64_t n_blocks) {
+            require(n_blocks >= 1 && n_blocks < (1 << 30), "n_blocks: expected at least 1");
+            const onebit::ModelConfig& config = self.model->config();
+            return std::make_unique<onebit::KvCache>(config.n_layers, config.n_kv_heads, config.d_head,
+                                                     static_cast<int>(n_blocks));
+          },
+          "n_blocks"_a, "A cache of n_blocks blocks for this model, all zeros.")
+      .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "cache"_a,
+           nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "
+                   "numpy.typing.NDArray[numpy.int32], "
+                   "seq_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], "
+                   "rows: numpy.typing.NDArray[numpy.int32], cache: KvCache) -> numpy.typing.NDArray[numpy.float32]"),
+           "Logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
+      .def_prop_ro(
+          "isa", [](const OwnedModel& self) { return std::string(self.model->kernels().name); },
+          "Instruction set of the kernels.")
+      .def_prop_ro("threads", [](const OwnedModel& self) { return self.model->n_threads(); }, "Threads in the pool.");
+}

@@ -1,0 +1,63 @@
+// Packed matrices times quantised activations, split over threads by the tiles of all matrices that share an input.
+//
+// Shapes: T rows of activations, K inputs, N outputs. A chunk is the longest run of inputs that belongs to one scale
+// group and fits one dot_tile call.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "onebit/buffer.h"
+#include "onebit/kernels.h"
+#include "onebit/threads.h"
+#include "onebit/types.h"
+
+namespace onebit {
+
+// How the padded inputs of a matrix fall into scale groups and chunks.
+struct Chunks {
+  int group = 0;      // inputs that share a weight scale
+  int n_groups = 0;   // of one row
+  int per_group = 0;  // chunks in a group; all but its last are kMaxDotInputs long
+
+  static Chunks of(const PackedMatrix& matrix);
+  int count() const { return n_groups * per_group; }
+  int begin(int chunk) const { return chunk / per_group * group + chunk % per_group * kMaxDotInputs; }
+  int length(int chunk) const;
+};
+
+// Codes of T rows with their multipliers. 15-bit codes have two planes, hi and lo.
+struct QuantizedRows {
+  struct Plane {
+    Buffer<std::int8_t> codes;  // [T, ld], zeros beyond K
+    Buffer<std::int32_t> sums;  // [chunks, T]: the sum of each chunk of codes
+  };
+
+  int n_rows = 0;
+  int k = 0;
+  int ld = 0;
+  Chunks chunks;
+  Plane planes[2];
+  Buffer<float> scale;  // [T]
+
+  // Makes room for n_rows inputs of the matrix, whose other matrices must have the same K and scale groups.
+  void resize(const PackedMatrix& matrix, int n_rows, int n_planes);
+  void write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row);
+  void write15(const Kernels& kernels, const float* x, int row);
+
+ private:
+  void write_sums(const Kernels& kernels, Plane& plane, int row);
+};
+
+struct LinearOutput {
+  const PackedMatrix* matrix;
+  float* y;  // [T, N]
+};
+
+// y[t, n] = (sum over groups g, ascending, of float(acc_g) * w_scale[n, g]) * x_scale[t], for every output.
+void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, const QuantizedRows& x);
+
+// y[t, n] = (float(hi * 128 + lo) * w_scale[n]) * x_scale[t]. The matrix has one scale per row.
+void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, const QuantizedRows& x, float* y);
+
+}  // namespace onebit

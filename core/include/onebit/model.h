@@ -1,0 +1,106 @@
+// The forward pass: a ragged batch of tokens in, logits of the rows asked for out.
+//
+// A model borrows its weights and never changes them. It trusts its arguments: bindings/ checks all that comes from
+// outside. Mirrors nn/transformer.py name by name.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "onebit/kernels.h"
+#include "onebit/kv_cache.h"
+#include "onebit/threads.h"
+#include "onebit/types.h"
+
+namespace onebit {
+
+enum class FfnActivation { kSilu, kRelu2 };
+enum class Activations { kA8, kA4, kA1 };
+
+struct ModelConfig {
+  int vocab_size;
+  int d_model;
+  int n_layers;
+  int n_heads;
+  int n_kv_heads;
+  int d_head;
+  int d_ff;
+  int max_seq_len;
+  float norm_eps;
+  FfnActivation activation;
+  Activations activations;
+  bool sub_norm;
+};
+
+// Gains are float32 of the width they normalise; the sub-norms are null without config.sub_norm.
+struct LayerWeights {
+  const float* attn_norm;
+  const float* attn_sub_norm;
+  PackedMatrix q, k, v, o;
+  const float* ffn_norm;
+  const float* ffn_sub_norm;
+  PackedMatrix gate, up, down;
+};
+
+// Linear layers are T80, R64 or B128; embed and head (the same where tied) are Q8 with one scale per row.
+struct ModelWeights {
+  PackedMatrix embed;
+  std::vector<LayerWeights> layers;
+  const float* norm;
+  PackedMatrix head;
+  std::vector<float> inv_freq;  // [d_head / 2]
+};
+
+// Sequences one after another, each a run of consecutive positions. Keys and values of its tokens go into the blocks of
+// its table, and everything before them must be there already.
+struct Batch {
+  const std::int32_t* tokens;        // [n_tokens]
+  const std::int32_t* positions;     // [n_tokens]
+  const std::int32_t* seq_starts;    // [n_seqs + 1]
+  const std::int32_t* block_tables;  // [n_seqs, table_width]
+  const std::int32_t* rows;          // [n_rows]: the tokens whose logits are wanted
+  int n_tokens;
+  int n_seqs;
+  int table_width;
+  int n_rows;
+};
+
+class Model {
+ public:
+  Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads);
+  ~Model();
+
+  const ModelConfig& config() const { return config_; }
+  const Kernels& kernels() const { return kernels_; }
+  int n_threads() const { return pool_.size(); }
+
+  // logits: float32 [n_rows, vocab_size]. Callers on several threads take turns. Throws std::bad_alloc.
+  void forward(const Batch& batch, KvCache& cache, float* logits);
+
+ private:
+  struct Workspace;
+
+  void reserve(const Batch& batch);
+  void embed(const Batch& batch);
+  void attention(const Batch& batch, KvCache& cache, int layer);
+  void attend(const Batch& batch, KvCache& cache, int layer);
+  void feed_forward(const LayerWeights& layer, int n_tokens);
+  void head(const Batch& batch, float* logits);
+  void add_residual(int n_tokens);
+
+  ModelConfig config_;
+  ModelWeights weights_;
+  const Kernels& kernels_;
+  Kernels::Quantize quantize_;
+  float inv_sqrt_d_head_;
+  ThreadPool pool_;
+  std::mutex mutex_;
+  std::unique_ptr<Workspace> workspace_;
+};
+
+// One row of a Q8 matrix as float32(code) * scale.
+void embed_row(const PackedMatrix& matrix, int row, float* x) noexcept;
+
+}  // namespace onebit

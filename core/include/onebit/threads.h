@@ -1,0 +1,58 @@
+// A pool of threads for regions of a microsecond: fork, static split, join.
+//
+// Workers spin for a moment after each region, because the next one usually follows at once, and sleep after that:
+// an idle pool costs nothing. The calling thread is thread 0. One caller at a time.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace onebit {
+
+class ThreadPool {
+ public:
+  // Throws std::system_error when the system refuses a thread.
+  explicit ThreadPool(int n_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return n_threads_; }
+
+  // To be called before a series of regions: a process made by fork() has none of the workers, and gets new ones here.
+  // Throws std::system_error.
+  void begin();
+
+  // Calls fn(thread, begin, end) on every thread with its share [n * thread / size, n * (thread + 1) / size) of
+  // n_items, and returns when all are done. fn must not throw. A single item runs on the caller.
+  template <class Fn>
+  void run(int n_items, Fn&& fn) {
+    using Body = std::remove_reference_t<Fn>;
+    if (n_threads_ == 1 || n_items <= 1) {
+      if (n_items > 0) fn(0, 0, n_items);
+      return;
+    }
+    fork_join(
+        n_items, [](void* body, int thread, int begin, int end) { (*static_cast<Body*>(body))(thread, begin, end); },
+        const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
+  }
+
+ private:
+  using Region = void (*)(void* body, int thread, int begin, int end);
+  struct Shared;
+
+  void fork_join(int n_items, Region region, void* body);
+  void start();
+  void stop();
+  void abandon();
+
+  int n_threads_;
+  std::int64_t process_ = 0;
+  std::unique_ptr<Shared> shared_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace onebit

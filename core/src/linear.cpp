@@ -1,0 +1,147 @@
+#include "onebit/linear.h"
+
+#include <algorithm>
+#include <cstddef>
+
+namespace onebit {
+namespace {
+
+constexpr int kUnitInputs = 4;
+constexpr int kUnitBytes = 64;
+
+// Rows of activations per pass over a tile: the tile comes from memory once per pass, the sums stay in the cache.
+// A multiple of the 4 and 6 rows that kernels take at a time.
+constexpr int kPassRows = 48;
+
+struct alignas(64) Sums {
+  std::int32_t values[kPassRows * kMaxTileRows];
+};
+
+int n_tiles(const PackedMatrix& matrix) {
+  const int rows = tile_rows(matrix.encoding);
+  return (matrix.n + rows - 1) / rows;
+}
+
+// Exact sums [m, tile_rows] of one tile over one scale group, for rows [row, row + m).
+void dot_group(const Kernels& kernels, const PackedMatrix& matrix, int tile, int group, const QuantizedRows& x,
+               int plane, int row, int m, Sums& sums) {
+  const std::size_t ld = x.ld;
+  const std::uint8_t* units = matrix.data + tile * (ld / kUnitInputs) * kUnitBytes;
+  const std::int8_t* codes = x.planes[plane].codes.get() + row * ld;
+  const auto dot_tile = kernels.dot_tile[static_cast<int>(matrix.encoding)];
+  for (int i = 0; i < x.chunks.per_group; ++i) {
+    const int chunk = group * x.chunks.per_group + i;
+    const std::size_t begin = x.chunks.begin(chunk);
+    const std::int32_t* code_sums = x.planes[plane].sums.get() + static_cast<std::size_t>(chunk) * x.n_rows + row;
+    Sums part;
+    dot_tile(units + begin / kUnitInputs * kUnitBytes, codes + begin, x.ld, code_sums, m, x.chunks.length(chunk),
+             i == 0 ? sums.values : part.values);
+    if (i > 0) {
+      const int n = m * tile_rows(matrix.encoding);
+      for (int j = 0; j < n; ++j) sums.values[j] += part.values[j];
+    }
+  }
+}
+
+void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x) {
+  const PackedMatrix& matrix = *output.matrix;
+  const int rows = tile_rows(matrix.encoding);
+  const int first = tile * rows;
+  const int n = std::min(rows, matrix.n - first);
+  const std::ptrdiff_t stride = matrix.scale_per_row ? x.chunks.n_groups : 0;
+  const float* w_scale = matrix.scale + first * stride;
+  Sums sums;
+  for (int row = 0; row < x.n_rows; row += kPassRows) {
+    const int m = std::min(kPassRows, x.n_rows - row);
+    float* y = output.y + static_cast<std::size_t>(row) * matrix.n + first;
+    for (int group = 0; group < x.chunks.n_groups; ++group) {
+      dot_group(kernels, matrix, tile, group, x, 0, row, m, sums);
+      for (int i = 0; i < m; ++i) {
+        kernels.scale_sums(sums.values + i * rows, w_scale + (stride ? group : 0), stride, n, group > 0,
+                           y + static_cast<std::size_t>(i) * matrix.n);
+      }
+    }
+    for (int i = 0; i < m; ++i) kernels.scale(x.scale.get()[row + i], n, y + static_cast<std::size_t>(i) * matrix.n);
+  }
+}
+
+void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x,
+                   float* logits) {
+  const int rows = tile_rows(matrix.encoding);
+  const int first = tile * rows;
+  const int n = std::min(rows, matrix.n - first);
+  Sums hi, lo;
+  for (int row = 0; row < x.n_rows; row += kPassRows) {
+    const int m = std::min(kPassRows, x.n_rows - row);
+    dot_group(kernels, matrix, tile, 0, x, 0, row, m, hi);
+    dot_group(kernels, matrix, tile, 0, x, 1, row, m, lo);
+    for (int i = 0; i < m; ++i) {
+      kernels.scale_sums15(hi.values + i * rows, lo.values + i * rows, matrix.scale + first, x.scale.get()[row + i], n,
+                           logits + static_cast<std::size_t>(row + i) * matrix.n + first);
+    }
+  }
+}
+
+}  // namespace
+
+Chunks Chunks::of(const PackedMatrix& matrix) {
+  const int group = matrix.group ? matrix.group : pad_inputs(matrix.k);
+  return {group, pad_inputs(matrix.k) / group, (group + kMaxDotInputs - 1) / kMaxDotInputs};
+}
+
+int Chunks::length(int chunk) const { return std::min(kMaxDotInputs, group - chunk % per_group * kMaxDotInputs); }
+
+void QuantizedRows::resize(const PackedMatrix& matrix, int rows, int n_planes) {
+  n_rows = rows;
+  k = matrix.k;
+  ld = pad_inputs(k);
+  chunks = Chunks::of(matrix);
+  for (int i = 0; i < n_planes; ++i) {
+    planes[i].codes.reserve(static_cast<std::size_t>(rows) * ld);
+    planes[i].sums.reserve(static_cast<std::size_t>(rows) * chunks.count());
+  }
+  scale.reserve(rows);
+}
+
+void QuantizedRows::write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row) {
+  quantize(x, k, ld, planes[0].codes.get() + static_cast<std::size_t>(row) * ld, scale.get() + row);
+  write_sums(kernels, planes[0], row);
+}
+
+void QuantizedRows::write15(const Kernels& kernels, const float* x, int row) {
+  const std::size_t offset = static_cast<std::size_t>(row) * ld;
+  kernels.quantize_a15(x, k, ld, planes[0].codes.get() + offset, planes[1].codes.get() + offset, scale.get() + row);
+  write_sums(kernels, planes[0], row);
+  write_sums(kernels, planes[1], row);
+}
+
+void QuantizedRows::write_sums(const Kernels& kernels, Plane& plane, int row) {
+  const std::int8_t* codes = plane.codes.get() + static_cast<std::size_t>(row) * ld;
+  for (int chunk = 0; chunk < chunks.count(); ++chunk) {
+    plane.sums.get()[static_cast<std::size_t>(chunk) * n_rows + row] =
+        kernels.sum_codes(codes + chunks.begin(chunk), chunks.length(chunk));
+  }
+}
+
+void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, const QuantizedRows& x) {
+  int total = 0;
+  for (const LinearOutput& output : outputs) total += n_tiles(*output.matrix);
+  pool.run(total, [&](int, int begin, int end) {
+    int first = 0;
+    for (const LinearOutput& output : outputs) {
+      const int n = n_tiles(*output.matrix);
+      for (int item = std::max(begin, first); item < std::min(end, first + n); ++item) {
+        linear_tile(kernels, output, item - first, x);
+      }
+      first += n;
+    }
+  });
+}
+
+void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, const QuantizedRows& x, float* y) {
+  pool.run(n_tiles(matrix), [&](int, int begin, int end) {
+    for (int tile = begin; tile < end; ++tile) linear15_tile(kernels, matrix, tile, x, y);
+  });
+}
+
+}  // namespace onebit

@@ -1,0 +1,269 @@
+// Shape suffixes: T tokens, D d_model, F d_ff, N heads, K kv heads, H d_head, V vocabulary, R rows asked for.
+#include "onebit/model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <utility>
+
+#include "onebit/buffer.h"
+#include "onebit/linear.h"
+#include "onebit/rope.h"
+
+namespace onebit {
+namespace {
+
+Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
+  switch (activations) {
+    case Activations::kA4:
+      return kernels.quantize_a4;
+    case Activations::kA1:
+      return kernels.quantize_a1;
+    case Activations::kA8:
+      break;
+  }
+  return kernels.quantize_a8;
+}
+
+}  // namespace
+
+struct Model::Workspace {
+  Buffer<float> x_TD;
+  Buffer<float> y_TD;
+  Buffer<float> q_TNH;
+  Buffer<float> k_TKH;
+  Buffer<float> v_TKH;
+  Buffer<float> a_TNH;
+  Buffer<float> gate_TF;
+  Buffer<float> up_TF;
+  Buffer<float> cos_TH;  // [T, H / 2]
+  Buffer<float> sin_TH;
+  QuantizedRows codes;
+  Buffer<std::int32_t> seq_T;  // the sequence of each token
+
+  // Of each thread: two rows of the widest activation, and the blocks of one head of one sequence.
+  Buffer<float> rows;
+  Buffer<const std::uint16_t*> blocks;
+  int row_width = 0;
+  int table_width = 0;
+
+  float* row(int thread, int i) { return rows.get() + (2 * static_cast<std::size_t>(thread) + i) * row_width; }
+  const std::uint16_t** block_list(int thread, int i) {
+    return blocks.get() + (2 * static_cast<std::size_t>(thread) + i) * table_width;
+  }
+};
+
+Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads)
+    : config_(config),
+      weights_(std::move(weights)),
+      kernels_(kernels),
+      quantize_(quantizer(kernels, config.activations)),
+      inv_sqrt_d_head_(1.0f / std::sqrt(static_cast<float>(config.d_head))),
+      pool_(n_threads),
+      workspace_(std::make_unique<Workspace>()) {}
+
+Model::~Model() = default;
+
+void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
+  std::lock_guard lock(mutex_);
+  reserve(batch);
+  pool_.begin();
+  embed(batch);
+  for (int layer = 0; layer < config_.n_layers; ++layer) {
+    attention(batch, cache, layer);
+    feed_forward(weights_.layers[layer], batch.n_tokens);
+  }
+  head(batch, logits);
+}
+
+void Model::reserve(const Batch& batch) {
+  Workspace& w = *workspace_;
+  const std::size_t t = batch.n_tokens;
+  const std::size_t q_width = static_cast<std::size_t>(config_.n_heads) * config_.d_head;
+  const std::size_t kv_width = static_cast<std::size_t>(config_.n_kv_heads) * config_.d_head;
+  w.x_TD.reserve(t * config_.d_model);
+  w.y_TD.reserve(t * config_.d_model);
+  w.q_TNH.reserve(t * q_width);
+  w.k_TKH.reserve(t * kv_width);
+  w.v_TKH.reserve(t * kv_width);
+  w.a_TNH.reserve(t * q_width);
+  w.gate_TF.reserve(t * config_.d_ff);
+  w.up_TF.reserve(t * config_.d_ff);
+  w.cos_TH.reserve(t * config_.d_head / 2);
+  w.sin_TH.reserve(t * config_.d_head / 2);
+  w.seq_T.reserve(t);
+  w.row_width = pad_inputs(std::max({config_.d_model, config_.n_heads * config_.d_head, config_.d_ff}));
+  w.rows.reserve(2 * static_cast<std::size_t>(pool_.size()) * w.row_width);
+  w.table_width = batch.table_width;
+  w.blocks.reserve(2 * static_cast<std::size_t>(pool_.size()) * w.table_width);
+}
+
+void Model::embed(const Batch& batch) {
+  Workspace& w = *workspace_;
+  const std::size_t half = config_.d_head / 2;
+  for (int seq = 0; seq < batch.n_seqs; ++seq) {
+    std::fill(w.seq_T.get() + batch.seq_starts[seq], w.seq_T.get() + batch.seq_starts[seq + 1], seq);
+  }
+  pool_.run(batch.n_tokens, [&](int, int begin, int end) {
+    for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
+      embed_row(weights_.embed, batch.tokens[t], w.x_TD.get() + t * config_.d_model);
+      rope_angles(batch.positions[t], weights_.inv_freq.data(), config_.d_head / 2, w.cos_TH.get() + t * half,
+                  w.sin_TH.get() + t * half);
+    }
+  });
+}
+
+void Model::attention(const Batch& batch, KvCache& cache, int layer) {
+  Workspace& w = *workspace_;
+  const LayerWeights& weights = weights_.layers[layer];
+  const int d_model = config_.d_model;
+  const int d_head = config_.d_head;
+  const int n_kv_heads = config_.n_kv_heads;
+  const int q_width = config_.n_heads * d_head;
+  const int kv_width = n_kv_heads * d_head;
+
+  w.codes.resize(weights.q, batch.n_tokens, 1);
+  pool_.run(batch.n_tokens, [&](int thread, int begin, int end) {
+    float* h_D = w.row(thread, 0);
+    for (int t = begin; t < end; ++t) {
+      kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(t) * d_model, weights.attn_norm, config_.norm_eps,
+                        d_model, h_D);
+      w.codes.write(kernels_, quantize_, h_D, t);
+    }
+  });
+  const LinearOutput qkv[] = {{&weights.q, w.q_TNH.get()}, {&weights.k, w.k_TKH.get()}, {&weights.v, w.v_TKH.get()}};
+  linear(kernels_, pool_, qkv, w.codes);
+
+  pool_.run(batch.n_tokens, [&](int, int begin, int end) {
+    for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
+      const float* cos_H = w.cos_TH.get() + t * (d_head / 2);
+      const float* sin_H = w.sin_TH.get() + t * (d_head / 2);
+      float* k_KH = w.k_TKH.get() + t * kv_width;
+      const float* v_KH = w.v_TKH.get() + t * kv_width;
+      kernels_.rope(w.q_TNH.get() + t * q_width, cos_H, sin_H, config_.n_heads, d_head);
+      kernels_.rope(k_KH, cos_H, sin_H, n_kv_heads, d_head);
+      const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
+      const int block = table[batch.positions[t] / kBlockTokens];
+      const std::size_t slot = static_cast<std::size_t>(batch.positions[t] % kBlockTokens) * d_head;
+      for (int head = 0; head < n_kv_heads; ++head) {
+        kernels_.to_bf16(k_KH + head * d_head, d_head, cache.keys(layer, block, head) + slot);
+        kernels_.to_bf16(v_KH + head * d_head, d_head, cache.values(layer, block, head) + slot);
+      }
+    }
+  });
+  attend(batch, cache, layer);
+
+  w.codes.resize(weights.o, batch.n_tokens, 1);
+  pool_.run(batch.n_tokens, [&](int thread, int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const float* a_NH = w.a_TNH.get() + static_cast<std::size_t>(t) * q_width;
+      if (config_.sub_norm) {
+        kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(thread, 0));
+        a_NH = w.row(thread, 0);
+      }
+      w.codes.write(kernels_, quantize_, a_NH, t);
+    }
+  });
+  const LinearOutput o[] = {{&weights.o, w.y_TD.get()}};
+  linear(kernels_, pool_, o, w.codes);
+  add_residual(batch.n_tokens);
+}
+
+void Model::attend(const Batch& batch, KvCache& cache, int layer) {
+  Workspace& w = *workspace_;
+  const int n_kv_heads = config_.n_kv_heads;
+  const int group = config_.n_heads / n_kv_heads;
+  const int n_threads = pool_.size();
+  const std::int64_t n_items = static_cast<std::int64_t>(batch.n_tokens) * n_kv_heads;
+  // Dealt out in turn: later tokens see more keys, so contiguous shares would be uneven.
+  pool_.run(n_threads, [&](int, int first, int) {
+    const std::uint16_t** k_blocks = w.block_list(first, 0);
+    const std::uint16_t** v_blocks = w.block_list(first, 1);
+    for (std::int64_t item = first; item < n_items; item += n_threads) {
+      const std::size_t t = item / n_kv_heads;
+      const int kv_head = static_cast<int>(item % n_kv_heads);
+      const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
+      const int n_keys = batch.positions[t] + 1;
+      for (int b = 0; b * kBlockTokens < n_keys; ++b) {
+        k_blocks[b] = cache.keys(layer, table[b], kv_head);
+        v_blocks[b] = cache.values(layer, table[b], kv_head);
+      }
+      const std::size_t offset = (t * config_.n_heads + static_cast<std::size_t>(kv_head) * group) * config_.d_head;
+      kernels_.attend(w.q_TNH.get() + offset, group, config_.d_head, inv_sqrt_d_head_, k_blocks, v_blocks, n_keys,
+                      w.a_TNH.get() + offset);
+    }
+  });
+}
+
+void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
+  Workspace& w = *workspace_;
+  const int d_model = config_.d_model;
+  const int d_ff = config_.d_ff;
+
+  w.codes.resize(layer.gate, n_tokens, 1);
+  pool_.run(n_tokens, [&](int thread, int begin, int end) {
+    float* h_D = w.row(thread, 0);
+    for (int t = begin; t < end; ++t) {
+      kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(t) * d_model, layer.ffn_norm, config_.norm_eps, d_model,
+                        h_D);
+      w.codes.write(kernels_, quantize_, h_D, t);
+    }
+  });
+  const LinearOutput gate_up[] = {{&layer.gate, w.gate_TF.get()}, {&layer.up, w.up_TF.get()}};
+  linear(kernels_, pool_, gate_up, w.codes);
+
+  const auto activate = config_.activation == FfnActivation::kSilu ? kernels_.silu_mul : kernels_.relu2_mul;
+  w.codes.resize(layer.down, n_tokens, 1);
+  pool_.run(n_tokens, [&](int thread, int begin, int end) {
+    for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
+      float* f_F = w.row(thread, 0);
+      activate(w.gate_TF.get() + t * d_ff, w.up_TF.get() + t * d_ff, d_ff, f_F);
+      if (config_.sub_norm) {
+        kernels_.rms_norm(f_F, layer.ffn_sub_norm, config_.norm_eps, d_ff, w.row(thread, 1));
+        f_F = w.row(thread, 1);
+      }
+      w.codes.write(kernels_, quantize_, f_F, static_cast<int>(t));
+    }
+  });
+  const LinearOutput down[] = {{&layer.down, w.y_TD.get()}};
+  linear(kernels_, pool_, down, w.codes);
+  add_residual(n_tokens);
+}
+
+void Model::head(const Batch& batch, float* logits) {
+  Workspace& w = *workspace_;
+  const int d_model = config_.d_model;
+  w.codes.resize(weights_.head, batch.n_rows, 2);
+  pool_.run(batch.n_rows, [&](int thread, int begin, int end) {
+    float* h_D = w.row(thread, 0);
+    for (int r = begin; r < end; ++r) {
+      kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(batch.rows[r]) * d_model, weights_.norm,
+                        config_.norm_eps, d_model, h_D);
+      w.codes.write15(kernels_, h_D, r);
+    }
+  });
+  linear15(kernels_, pool_, weights_.head, w.codes, logits);
+}
+
+void Model::add_residual(int n_tokens) {
+  Workspace& w = *workspace_;
+  pool_.run(n_tokens, [&](int, int begin, int end) {
+    for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
+      kernels_.add(w.y_TD.get() + t * config_.d_model, config_.d_model, w.x_TD.get() + t * config_.d_model);
+    }
+  });
+}
+
+// Byte 4 * (row % 16) + k % 4 of unit k / 4 of the row's tile holds code + 128.
+void embed_row(const PackedMatrix& matrix, int row, float* x) noexcept {
+  constexpr int kRows = tile_rows(Encoding::kQ8);
+  const std::size_t tile_bytes = static_cast<std::size_t>(pad_inputs(matrix.k)) * kRows;
+  const std::uint8_t* lane = matrix.data + row / kRows * tile_bytes + 4 * (row % kRows);
+  const float scale = matrix.scale[row];
+  for (int k = 0; k < matrix.k; ++k) {
+    const int code = lane[static_cast<std::size_t>(k / 4) * 64 + k % 4] - 128;
+    x[k] = static_cast<float>(code) * scale;
+  }
+}
+
+}  // namespace onebit

@@ -1,0 +1,1 @@
+"""Running a packed model: the compiled core, tokenizer, cache blocks, scheduling and sampling."""

@@ -1,0 +1,223 @@
+"""The compiled core as Python sees it: a packed checkpoint in, logits and tokens out.
+
+The only importer of `onebit._core`. Weights are used in place, without a copy. Knows nothing of texts or requests.
+
+    model = Model(checkpoint)
+    cache = model.new_cache(n_blocks=8)
+    logits_RV = model.forward(tokens, positions, seq_starts, block_tables, rows, cache)
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from onebit import _core
+from onebit.checkpoint import Checkpoint
+from onebit.config import ModelConfig
+from onebit.packing import PackedTensor
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+KvCache = _core.KvCache
+
+# Positions in one block of a KvCache.
+BLOCK_TOKENS: int = _core.BLOCK_TOKENS
+
+MAX_THREADS = 1024
+
+
+class Model:
+    """A packed model on this machine's CPU. Immutable; calls from several threads take turns.
+
+    Logits are the same bits for every instruction set, number of threads, mix of sequences in a batch and
+    division of a sequence into calls.
+
+    Args:
+        checkpoint: a packed checkpoint, as `onebit.checkpoint.quantize` makes it.
+        threads: threads to compute on; None takes ONEBIT_THREADS, else `default_threads()`.
+        isa: instruction set, one of `available_isas()`; None takes ONEBIT_ISA, else the best one.
+
+    Raises:
+        ValueError: a checkpoint that is not packed, an instruction set that is not available here, a number of
+            threads outside [1, 1024], or an input too wide for exact sums.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, isa: str | None = None) -> None:
+        if not checkpoint.is_packed:
+            raise ValueError(
+                f"the checkpoint is a float32 master with {checkpoint.config.weights} weights; "
+                "the engine runs packed models: quantize it first"
+            )
+        self.config: ModelConfig = checkpoint.config
+        tensors = {name: _to_core(tensor) for name, tensor in checkpoint.tensors.items()}
+        self._core = _core.Model(
+            self.config, tensors, inverse_frequencies(self.config), choose_isa(isa), choose_threads(threads)
+        )
+
+    @property
+    def isa(self) -> str:
+        """Instruction set of the kernels."""
+        return self._core.isa
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self._core.threads
+
+    def new_cache(self, n_blocks: int) -> KvCache:
+        """Make an empty cache of keys and values.
+
+        Args:
+            n_blocks: blocks of BLOCK_TOKENS positions.
+
+        Raises:
+            ValueError: no block at all.
+            MemoryError: more blocks than memory holds.
+        """
+        return self._core.new_cache(n_blocks)
+
+    def forward(
+        self,
+        tokens: Int32,
+        positions: Int32,
+        seq_starts: Int32,
+        block_tables: Int32,
+        rows: Int32,
+        cache: KvCache,
+    ) -> Float32:
+        """Run sequences, one after another in `tokens`, and return the logits of some of their tokens.
+
+        Keys and values of the tokens go into the cache; those of all earlier positions must be there. The
+        arrays must not change during the call.
+
+        Args:
+            tokens: int32 [T], token ids.
+            positions: int32 [T], consecutive within a sequence.
+            seq_starts: int32 [S + 1], where each sequence begins in tokens, and T.
+            block_tables: int32 [S, B], cache blocks of each sequence: block b holds positions
+                [b * BLOCK_TOKENS, (b + 1) * BLOCK_TOKENS). Entries that are not reached may have any value.
+            rows: int32 [R], indices of the tokens whose logits are wanted.
+            cache: from `new_cache` of this model.
+
+        Returns:
+            float32 [R, V].
+
+        Raises:
+            ValueError: an array of another dtype or shape, or a value out of range.
+        """
+        return self._core.forward(tokens, positions, seq_starts, block_tables, rows, cache)
+
+
+def sample(
+    logits_V: Float32,
+    history: Int32,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int,
+    counter: int,
+) -> int:
+    """Draw the next token; the result depends on nothing but the arguments.
+
+    Applied in this order: repetition penalty, temperature, top_k, top_p, min_p, the draw. Tokens rank by
+    descending logit, equal ones by ascending id.
+
+    Args:
+        logits_V: float32 [V], not NaN.
+        history: int32, the ids of prompt and output.
+        temperature: divides the logits; 0 takes the best token.
+        top_k: keep the k best tokens; 0 keeps all.
+        top_p: keep the fewest best tokens whose probabilities reach top_p; 1 keeps all.
+        min_p: keep tokens at least min_p times as likely as the best; 0 keeps all.
+        repetition_penalty: positive logits of tokens in history are divided by it, others multiplied; 1 is off.
+        seed: of the random numbers, from 0 to 2^64 - 1.
+        counter: the position in the sequence, from 0 to 2^64 - 1: which random number of the seed to take.
+
+    Returns:
+        A token id.
+
+    Raises:
+        ValueError: a value out of range, or logits that are NaN, infinite or all -infinity.
+    """
+    for name, value in (("seed", seed), ("counter", counter)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} is {value}; expected 0 to 2^64 - 1")
+    # More than all tokens means the same as all of them, also beyond the core's int64.
+    top_k = min(top_k, len(logits_V))
+    return _core.sample(
+        logits_V, history, temperature, top_k, top_p, min_p, repetition_penalty, seed, counter
+    )
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build and this CPU run, best first; "scalar" is always the last."""
+    return _core.available_isas()
+
+
+def choose_isa(isa: str | None = None) -> str:
+    """The instruction set asked for: by the argument, else by ONEBIT_ISA, else the best.
+
+    Raises:
+        ValueError: an instruction set that is unknown or not available here.
+    """
+    available = available_isas()
+    source = "isa"
+    if isa is None and (variable := os.environ.get("ONEBIT_ISA")):
+        source, isa = "ONEBIT_ISA", variable
+    if isa is None:
+        return available[0]
+    if isa not in available:
+        raise ValueError(f"{source} is {isa!r}; this machine has {', '.join(available)}")
+    return isa
+
+
+def choose_threads(threads: int | None = None) -> int:
+    """The number of threads asked for: by the argument, else by ONEBIT_THREADS, else `default_threads()`.
+
+    Raises:
+        ValueError: not a whole number from 1 to 1024.
+    """
+    value: object = threads
+    source = "threads"
+    if threads is None and (variable := os.environ.get("ONEBIT_THREADS")):
+        source, value = "ONEBIT_THREADS", int(variable) if variable.isdecimal() else variable
+    if value is None:
+        return default_threads()
+    if type(value) is not int or not 1 <= value <= MAX_THREADS:
+        raise ValueError(f"{source} is {value!r}; expected a whole number from 1 to {MAX_THREADS}")
+    return value
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: hardware threads that share a core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return min(os.cpu_count() or 1, MAX_THREADS)
+    cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
+    return min(len(cores), MAX_THREADS)
+
+
+def inverse_frequencies(config: ModelConfig) -> Float32:
+    """Rotary frequencies: rope_theta ^ (-2 i / d_head) in float64, rounded to float32 [d_head / 2]."""
+    exponents = [-2 * i / config.d_head for i in range(config.d_head // 2)]
+    return np.array([math.pow(config.rope_theta, exponent) for exponent in exponents], np.float32)
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of a CPU's core, or the CPU itself where the system does not tell."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _to_core(tensor: Float32 | PackedTensor) -> Float32 | _core.PackedMatrix:
+    if not isinstance(tensor, PackedTensor):
+        return tensor
+    n, k = tensor.shape
+    return _core.PackedMatrix(tensor.encoding, n, k, tensor.data, tensor.scale)
