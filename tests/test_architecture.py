@@ -176,7 +176,7 @@ def test_help_is_fast():
         after = os.times()
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
     print(f"onebit --help: {statistics.median(seconds):.3f} s of CPU time")
-    # CPU time, so that a busy machine fails nobody. The promise is 0.3 s on a quiet one; a slower CPU may take twice that.
+    # CPU time, so that a busy machine fails nobody. The promise is 0.3 s; a slow CPU may take twice that.
     assert statistics.median(seconds) < HELP_SECONDS
 
 
