@@ -20,7 +20,7 @@ import numpy as np
 from onebit import formats
 from onebit.checkpoint import Checkpoint, quantize
 from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
-from onebit.engine.model import BLOCK_TOKENS, Model
+from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.tokenizer import Tokenizer
 
@@ -190,7 +190,7 @@ class LLM:
         """
         return self.generate(self.tokenizer.encode_chat(messages), params, **sampling)
 
-    def logits(self, prompt: Prompt) -> np.ndarray:
+    def logits(self, prompt: Prompt) -> Float32:
         """Scores of every possible next token after each token.
 
         Args:

@@ -23,7 +23,9 @@ from onebit.engine.sampling import SamplingParams, random_seed
 )
 def test_limits(name, good, bad):
     for value in good:
-        SamplingParams(**{name: value})
+        kept = getattr(SamplingParams(**{name: value}), name)
+        assert type(kept) in (int, float, tuple, type(None))
+        assert name == "stop" or kept == value
     for value in bad:
         with pytest.raises(ValueError, match=f"^{name} is .*expected") as error:
             SamplingParams(**{name: value})

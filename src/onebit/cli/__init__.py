@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0, 2 for an error o
 """
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any
@@ -22,13 +23,15 @@ class _Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
-            return None
+            near = get_close_matches(cmd_name, VERBS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"there is no command {cmd_name!r}{hint}; commands: {', '.join(VERBS)}")
         app = typer.Typer(add_completion=False)
         app.command(cmd_name)(getattr(import_module(f"onebit.cli.{cmd_name}"), cmd_name))
         return typer.main.get_command(app)
 
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(cls=_Verbs, add_completion=False, rich_markup_mode="rich")
 
 
 def _print_version(asked: bool) -> None:
@@ -54,14 +57,20 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # A terminal that lacks a character shows a question mark instead of ending the text.
             stream.reconfigure(errors="replace")
+    args = sys.argv[1:] or ["--help"]
     try:
-        code = typer.main.get_command(app).main(prog_name="onebit", standalone_mode=False)
-    except KeyboardInterrupt:
+        code = typer.main.get_command(app).main(args, prog_name="onebit", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except ImportError as error:
         code = _fail(_missing(error))
-    except (ValueError, OSError, MemoryError) as error:
-        code = _fail(str(error) or type(error).__name__)
+    except MemoryError:
+        code = _fail("this machine has not enough memory for that")
+    except OSError as error:
+        named = error.strerror and error.filename
+        code = _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except ValueError as error:
+        code = _fail(str(error))
     except Exception as error:
         # Usage errors: typer keeps their base class to itself.
         if not hasattr(error, "format_message"):

@@ -55,12 +55,15 @@ def parts_table(checkpoint: "Checkpoint") -> "Table":
     """Bits per weight and bytes of each part of a model."""
     from onebit.checkpoint import Part, parts
 
-    rows = parts(checkpoint)
+    found = parts(checkpoint)
+    weights = [part for part in found if part.n_weights]
+    total = Part(
+        "all weights", sum(part.n_weights for part in weights), sum(part.n_bytes for part in weights)
+    )
     table = _table("part", "weights", "bits per weight", "bytes")
-    total = Part("all", sum(part.n_weights for part in rows), sum(part.n_bytes for part in rows))
-    for part in [*rows, total]:
-        bits = f"{part.bits_per_weight:.2f}" if part.n_weights else ""
-        table.add_row(part.name, f"{part.n_weights:,}", bits, f"{part.n_bytes:,}")
+    for part in [*weights, total, *(part for part in found if not part.n_weights)]:
+        numbers = (f"{part.n_weights:,}", f"{part.bits_per_weight:.2f}") if part.n_weights else ("", "")
+        table.add_row(part.name, *numbers, f"{part.n_bytes:,}")
     return table
 
 

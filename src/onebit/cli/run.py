@@ -29,7 +29,7 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Repeat a text; default: a random one.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the text before this string; repeatable.")
+        list[str] | None, typer.Option(metavar="<str>", help="End the text before this string; repeatable.")
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
@@ -90,7 +90,8 @@ def _stream(llm: "LLM", prompt: "Prompt", params: "SamplingParams") -> tuple[str
 
 
 def _summary(llm: "LLM", output: "Output | None", n_tokens: int) -> str:
-    machine = f"{llm.model.isa} kernels, {llm.model.threads} threads"
+    threads = "1 thread" if llm.model.threads == 1 else f"{llm.model.threads} threads"
+    machine = f"{llm.model.isa} kernels, {threads}"
     if output is None:
         return f"stopped after {n_tokens} tokens | {machine}"
     timings = output.timings

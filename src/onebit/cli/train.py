@@ -25,15 +25,16 @@ def train(
 
     Example: onebit train tiny --data texts --out runs/tiny --set steps=100
     """
+    for value, flag in ((recipe, "RECIPE"), (data, "--data"), (out, "--out")):
+        if value is None and not list_recipes:
+            raise ValueError(f"{flag} is missing; as in: onebit train tiny --data texts --out runs/tiny")
+
     from onebit.train import recipes
 
     if list_recipes:
         for name, build in recipes.RECIPES.items():
             print(f"{name:16}{(build.__doc__ or '').splitlines()[0]}")
         return
-    for value, flag in ((recipe, "RECIPE"), (data, "--data"), (out, "--out")):
-        if value is None:
-            raise ValueError(f"{flag} is missing; as in: onebit train tiny --data texts --out runs/tiny")
     assert recipe is not None and data is not None and out is not None
     built = recipes.build(recipe, overrides or [])
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from onebit.config import ModelConfig
 from onebit.engine.blocks import BlockPool
-from onebit.engine.model import BLOCK_TOKENS, Model, sample
+from onebit.engine.model import BLOCK_TOKENS, Float32, Model, sample
 from onebit.engine.sampling import SamplingParams, random_seed
 from onebit.engine.scheduler import Batch, Request, Scheduler
 from onebit.engine.tokenizer import Detokenizer, Tokenizer
@@ -137,7 +137,7 @@ class Engine:
         logits_RV = self._forward(batch)
         return [self._extend(request, row) for request, row in zip(ready, logits_RV, strict=True)]
 
-    def _forward(self, batch: Batch[Generation]) -> np.ndarray:
+    def _forward(self, batch: Batch[Generation]) -> Float32:
         starts = np.cumsum([0, *(part.stop - part.start for part in batch)], dtype=np.int32)
         tables = np.zeros((len(batch), max(len(part.request.blocks) for part in batch)), np.int32)
         for table, part in zip(tables, batch, strict=True):
@@ -151,7 +151,7 @@ class Engine:
             self._cache,
         )
 
-    def _extend(self, request: Generation, logits_V: np.ndarray) -> Step:
+    def _extend(self, request: Generation, logits_V: Float32) -> Step:
         params = request.params
         token = sample(
             logits_V,

@@ -44,18 +44,23 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check_whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        self._set("max_tokens", _whole("max_tokens", self.max_tokens, 1, 2**31 - 1))
+        self._set("top_k", _whole("top_k", self.top_k, 0, 2**31 - 1))
         if self.seed is not None:
-            _check_whole("seed", self.seed, 0, 2**64 - 1)
-        _check_real("temperature", self.temperature, 0.0, math.inf)
-        _check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+            self._set("seed", _whole("seed", self.seed, 0, 2**64 - 1))
+        self._set("temperature", _real("temperature", self.temperature, 0.0, math.inf))
+        self._set("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        self._set("min_p", _real("min_p", self.min_p, 0.0, 1.0))
+        penalty = _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        self._set("repetition_penalty", penalty)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {self.stop!r}; expected a non-empty string or a list of them")
-        object.__setattr__(self, "stop", tuple(stop))
+        self._set("stop", tuple(stop))
+
+    def _set(self, name: str, value: Any) -> None:
+        # The one moment at which a frozen value is still made: numpy numbers become Python's.
+        object.__setattr__(self, name, value)
 
 
 def random_seed() -> int:
@@ -63,14 +68,16 @@ def random_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
-def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+def _whole(name: str, value: Any, low: int, high: int) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+    return int(value)
 
 
-def _check_real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
     fits = isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
     if not fits or math.isinf(value) or (open_low and value == low):
         above = f"above {low:g}" if open_low else f"at least {low:g}"
         limit = "" if math.isinf(high) else f" and at most {high:g}"
         raise ValueError(f"{name} is {value!r}; expected a number {above}{limit}")
+    return float(value)

@@ -1,0 +1,94 @@
+"""Exact: what `onebit info` and `onebit convert` report, and what convert writes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import tiny
+from onebit import formats
+from onebit.checkpoint import parts, quantize
+from onebit.engine.model import available_isas
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    formats.write(tiny.master(), folder / "run")
+    formats.write(tiny.master(tiny.config(weights="dense", activations="none")), folder / "dense")
+    formats.write(quantize(tiny.master()), folder / "tiny.onebit")
+    return folder
+
+
+def cli(folder, *args, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "onebit", *args],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "120"} | environment,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def rows(text):
+    """Tables as {first cell: the others}."""
+    cells = [[cell for cell in line.strip().split("  ") if cell] for line in text.splitlines()]
+    return {row[0]: [cell.strip() for cell in row[1:]] for row in cells if row}
+
+
+def test_info_shows_machine_and_model(folder):
+    code, out, err = cli(folder, "info", "tiny.onebit", ONEBIT_ISA="scalar", ONEBIT_THREADS="2")
+    assert (code, err) == (0, "")
+    shown = rows(out)
+    assert shown["kernels present"] == [", ".join(available_isas())]
+    assert shown["kernels chosen"] == ["scalar"]
+    assert shown["threads"] == ["2"]
+    assert shown["label"] == ["W1.58A8KV16"]
+    assert shown["context"] == ["192 tokens"]
+    assert shown["recipe.name"] == ["tiny"]
+    for part in parts(quantize(tiny.master())):
+        assert shown[part.name][-1] == f"{part.n_bytes:,}"
+        assert not part.n_weights or shown[part.name][1] == f"{part.bits_per_weight:.2f}"
+    shares = [float(share.split(": ")[1].rstrip("%")) for share in shown["codes"][0].split(", ")]
+    assert len(shares) == 3 and abs(sum(shares) - 100) < 0.2
+
+
+def test_info_shows_a_run_folder_as_it_is_packed(folder):
+    packed, run = (rows(cli(folder, "info", name)[1]) for name in ("tiny.onebit", "run"))
+    assert packed["linear"] == run["linear"]
+    assert packed["codes"] == run["codes"]
+
+
+def test_info_shows_a_full_precision_twin(folder):
+    code, out, _ = cli(folder, "info", "dense")
+    assert code == 0
+    assert rows(out)["label"] == ["W16A16KV16"]
+    assert rows(out)["linear"][1] == "32.00"
+
+
+def test_info_verify_finds_a_flipped_bit(folder, tmp_path):
+    assert "verified" in cli(folder, "info", "tiny.onebit", "--verify")[1]
+    data = bytearray((folder / "tiny.onebit").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flipped.onebit").write_bytes(data)
+    code, _, err = cli(tmp_path, "info", "flipped.onebit", "--verify")
+    assert code == 2
+    assert err.startswith("onebit: error: ") and err.count("\n") == 1
+
+
+def test_convert_writes_the_file_and_reports_on_stderr(folder, tmp_path):
+    code, out, err = cli(folder, "convert", "run", str(tmp_path / "out.onebit"))
+    assert (code, out) == (0, "")
+    assert (tmp_path / "out.onebit").read_bytes() == (folder / "tiny.onebit").read_bytes()
+    assert rows(err)["linear"] == rows(cli(folder, "info", "tiny.onebit")[1])["linear"]
+
+
+def test_convert_changes_the_layout_and_back(folder, tmp_path):
+    wide, back = str(tmp_path / "wide.onebit"), tmp_path / "back.onebit"
+    assert cli(folder, "convert", "tiny.onebit", wide, "--encoding", "r64")[0] == 0
+    assert formats.read(wide).tensors["layers.0.q.weight"].encoding == "r64"
+    assert cli(folder, "convert", wide, str(back), "--encoding", "t80")[0] == 0
+    assert back.read_bytes() == (folder / "tiny.onebit").read_bytes()
