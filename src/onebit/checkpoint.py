@@ -168,12 +168,17 @@ def parts(checkpoint: Checkpoint) -> list[Part]:
     return [Part(name, *totals[name]) for name in order if name in totals]
 
 
-def scale_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of the scale of a packed matrix: [1], [n] or [n, groups]; embedding and head have one per row."""
-    n, k = config.tensor_shapes()[name]
-    if not config.is_linear(name) or config.scale == "row":
-        return (n,)
-    return (1,) if config.scale == "tensor" else (n, k // int(config.scale))
+def granularity(name: str, config: ModelConfig) -> quant.Granularity:
+    """Weights of a packed matrix that share a scale; embedding and head have one scale per row."""
+    return config.scale if config.is_linear(name) else "row"
+
+
+def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple[int, ...]:
+    """Shape of the scale of a packed matrix [n, k]: [1], [n] or [n, groups]."""
+    n, k = shape
+    if isinstance(granularity, int):
+        return n, k // granularity
+    return (1,) if granularity == "tensor" else (n,)
 
 
 def _quantized(tensor: Tensor, config: ModelConfig, encoding: str) -> Tensor:
@@ -223,7 +228,7 @@ def _check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], config: Mod
             f"tensor {name}: packed data is {tensor.data.dtype} {list(tensor.data.shape)}; "
             f"expected uint8 {list(expected_data)}"
         )
-    scale, expected_scale = tensor.scale, scale_shape(name, config)
+    scale, expected_scale = tensor.scale, scale_shape(tensor.shape, granularity(name, config))
     if scale.dtype != np.float32 or scale.shape != expected_scale:
         found = f"{scale.dtype} {list(scale.shape)}"
         raise ValueError(f"tensor {name}: scale is {found}; expected float32 {list(expected_scale)}")

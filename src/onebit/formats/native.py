@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onebit import __version__
-from onebit.checkpoint import Checkpoint, Tensor, scale_shape
+from onebit.checkpoint import Checkpoint, Tensor, granularity, scale_shape
 from onebit.config import ModelConfig
 from onebit.formats import tensors as container
 from onebit.formats.tensors import Array, Json, named, shorten
@@ -162,11 +162,11 @@ def _take_packed(
     if not isinstance(encoding, str) or encoding not in TILE_ROWS:
         known = ", ".join(TILE_ROWS)
         raise ValueError(f"tensor {name} has encoding {shorten(encoding)}; this onebit reads {known}")
-    expected = _encoding_entry(name, encoding, config)
+    expected = _encoding_entry(name, encoding, shape, config)
     if entry != expected:
         raise ValueError(f"tensor {name} is described as {shorten(entry)}; expected {shorten(expected)}")
     data = _take(name, "u1", packed_shape(encoding, shape), left)
-    scale = _take(_scale_name(name), "<f4", scale_shape(name, config), left)
+    scale = _take(_scale_name(name), "<f4", scale_shape(shape, granularity(name, config)), left)
     return PackedTensor(encoding, shape, data, scale)
 
 
@@ -211,15 +211,14 @@ def _stored_tensors(checkpoint: Checkpoint) -> dict[str, Array]:
 
 def _encodings(checkpoint: Checkpoint) -> Json:
     return {
-        name: _encoding_entry(name, tensor.encoding, checkpoint.config)
+        name: _encoding_entry(name, tensor.encoding, tensor.shape, checkpoint.config)
         for name, tensor in checkpoint.tensors.items()
         if isinstance(tensor, PackedTensor)
     }
 
 
-def _encoding_entry(name: str, encoding: str, config: ModelConfig) -> Json:
-    granularity = config.scale if config.is_linear(name) else "row"
-    return {"encoding": encoding, "shape": list(config.tensor_shapes()[name]), "scale": granularity}
+def _encoding_entry(name: str, encoding: str, shape: tuple[int, int], config: ModelConfig) -> Json:
+    return {"encoding": encoding, "shape": list(shape), "scale": granularity(name, config)}
 
 
 def _scale_name(name: str) -> str:
