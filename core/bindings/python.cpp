@@ -452,8 +452,7 @@ NB_MODULE(_core, m) {
           [](const OwnedModel& self, std::int64_t n_blocks) {
             require(n_blocks >= 1 && n_blocks < (1 << 30), "n_blocks: expected at least 1");
             const onebit::ModelConfig& config = self.model->config();
-            return std::make_unique<onebit::KvCache>(config.n_layers, config.n_kv_heads, config.d_head,
-                                                     static_cast<int>(n_blocks));
+            return onebit::KvCache(config.n_layers, config.n_kv_heads, config.d_head, static_cast<int>(n_blocks));
           },
           "n_blocks"_a, "A cache of n_blocks blocks for this model, all zeros.")
       .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "cache"_a,

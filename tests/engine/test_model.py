@@ -1,0 +1,272 @@
+"""Invariant: logits are the same bits however they are computed. Oracle: a forward pass in plain numpy."""
+
+
+import numpy as np
+import pytest
+
+import tiny
+from engine import reference
+from onebit.checkpoint import Checkpoint, quantize
+from onebit.engine.model import (
+    BLOCK_TOKENS,
+    Model,
+    available_isas,
+    choose_isa,
+    choose_threads,
+    default_threads,
+)
+
+# Awkward widths on purpose: inputs that need padding, tiles that are mostly empty, heads that share keys.
+CONFIGS = {
+    "ternary": (tiny.config(), "t80"),
+    "ternary-r64": (tiny.config(), "r64"),
+    "rows-silu-untied": (
+        tiny.config(
+            d_model=72, n_heads=6, d_head=18, d_ff=100, scale="row", activation="silu", sub_norm=False, tied_head=False
+        ),
+        "t80",
+    ),
+    "groups-r64": (tiny.config(scale=16, n_kv_heads=1, activation="silu"), "r64"),
+    "groups-a4": (tiny.config(scale=16, n_heads=3, n_kv_heads=3, activations="a4", tied_head=False), "t80"),
+    "binary": (tiny.config(weights="b1", sub_norm=False, scale="row"), "b128"),
+    "binary-a1": (tiny.config(weights="b1", activations="a1", scale=16, activation="silu"), "b128"),
+}
+
+# Longer than two blocks, so that attention merges splits, and not a whole number of them.
+N_TOKENS = 2 * BLOCK_TOKENS + 9
+
+# Largest difference of a token's logits from the reference, in units of the largest logit: rounding alone for most, more
+# where rounding moves an activation across the middle between two codes and that code changes by one.
+MEDIAN_TOLERANCE = 1e-6
+CODE_TOLERANCE = 1e-2
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def checkpoint(request) -> Checkpoint:
+    config, encoding = CONFIGS[request.param]
+    return quantize(tiny.master(config, seed=3), encoding)
+
+
+@pytest.fixture(scope="module")
+def baseline(checkpoint) -> np.ndarray:
+    """Logits of the whole prompt on one thread of the plainest kernels."""
+    return whole(Model(checkpoint, threads=1, isa="scalar"), prompt(N_TOKENS))
+
+
+def prompt(n_tokens: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, tiny.CONFIG.vocab_size, n_tokens).tolist()
+
+
+def whole(model: Model, tokens: list[int]) -> np.ndarray:
+    return run(model, [tokens], chunk=len(tokens))[0]
+
+
+def run(model: Model, sequences: list[list[int]], chunk: int) -> list[np.ndarray]:
+    """Logits of all tokens of each sequence, up to `chunk` tokens of every sequence a call, in scattered blocks."""
+    width = max(-(-len(tokens) // BLOCK_TOKENS) for tokens in sequences)
+    blocks = np.random.default_rng(1).permutation(width * len(sequences) + 3)
+    tables = blocks[: width * len(sequences)].reshape(len(sequences), width).astype(np.int32)
+    cache = model.new_cache(len(blocks))
+    logits = [[] for _ in sequences]
+    for start in range(0, max(map(len, sequences)), chunk):
+        parts = [tokens[start : start + chunk] for tokens in sequences]
+        counts = [len(part) for part in parts]
+        n_tokens = sum(counts)
+        result = model.forward(
+            np.array([token for part in parts for token in part], np.int32),
+            np.array([start + i for count in counts for i in range(count)], np.int32),
+            np.cumsum([0, *counts], dtype=np.int32),
+            tables,
+            np.arange(n_tokens, dtype=np.int32),
+            cache,
+        )
+        for rows, part in zip(logits, np.split(result, np.cumsum(counts)[:-1]), strict=True):
+            rows.append(part)
+    return [np.concatenate(rows) for rows in logits]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype == np.float32 and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_isa_and_number_of_threads_gives_the_same_bits(checkpoint, baseline, isa, threads):
+    model = Model(checkpoint, threads=threads, isa=isa)
+    assert (model.isa, model.threads) == (isa, threads)
+    assert same_bits(whole(model, prompt(N_TOKENS)), baseline)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_every_division_into_calls_gives_the_same_bits(checkpoint, baseline, chunk):
+    model = Model(checkpoint, threads=2)
+    assert same_bits(run(model, [prompt(N_TOKENS)], chunk)[0], baseline)
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1000])
+def test_a_sequence_among_seven_others_gives_the_same_bits(checkpoint, baseline, chunk):
+    others = [prompt(n, seed=n) for n in (1, 3, 64, 65, 100, 128, 150)]
+    model = Model(checkpoint, threads=2)
+    logits = run(model, [*others[:4], prompt(N_TOKENS), *others[4:]], chunk)
+    assert same_bits(logits[4], baseline)
+    assert same_bits(logits[6], whole(model, others[5]))
+
+
+def test_logits_equal_plain_numpy(checkpoint, baseline):
+    expected = reference.logits(checkpoint, prompt(N_TOKENS))
+    error = abs(baseline - expected).max(axis=1) / abs(expected).max()
+    assert np.median(error) < MEDIAN_TOLERANCE
+    assert error.max() < CODE_TOLERANCE
+    assert (baseline.argmax(axis=1) == expected.argmax(axis=1)).all()
+
+
+def test_t80_and_r64_give_the_same_bits():
+    models = [Model(quantize(tiny.master(), encoding)) for encoding in ("t80", "r64")]
+    a, b = (whole(model, prompt(40)) for model in models)
+    assert same_bits(a, b)
+
+
+def test_inputs_longer_than_one_exact_dot_are_summed_in_parts():
+    config = tiny.config(d_ff=2**15 + 48, n_layers=1)
+    checkpoint = quantize(tiny.master(config))
+    logits = [whole(Model(checkpoint, threads=1, isa=isa), prompt(3)) for isa in available_isas()]
+    assert all(same_bits(other, logits[0]) for other in logits)
+    expected = reference.logits(checkpoint, prompt(3))
+    assert abs(logits[0] - expected).max() < CODE_TOLERANCE * abs(expected).max()
+
+
+def test_only_rows_asked_for_come_back():
+    model = Model(quantize(tiny.master()))
+    call = arguments(model, n_tokens=5)
+    everything = model.forward(**call | {"rows": np.arange(5, dtype=np.int32)})
+    some = model.forward(**call | {"rows": np.array([4, 0, 4], np.int32)})
+    assert same_bits(some, everything[[4, 0, 4]])
+    assert model.forward(**call | {"rows": np.array([], np.int32)}).shape == (0, model.config.vocab_size)
+
+
+def test_sequences_without_tokens_are_skipped():
+    model = Model(quantize(tiny.master()))
+    call = arguments(model, n_tokens=5)
+    alone = model.forward(**call)
+    tables = np.array([[-7], [0], [99]], np.int32)
+    among = model.forward(**call | {"seq_starts": np.array([0, 0, 5, 5], np.int32), "block_tables": tables})
+    assert same_bits(among, alone)
+
+
+def test_weights_are_used_in_place():
+    checkpoint = quantize(tiny.master())
+    model = Model(checkpoint)
+    call = arguments(model, n_tokens=5)
+    before = model.forward(**call)
+    gain = checkpoint.tensors["norm.weight"]
+    gain *= 2
+    after = model.forward(**call)
+    gain /= 2
+    assert not same_bits(after, before)
+    del checkpoint, gain
+    assert same_bits(model.forward(**call), before)
+
+
+def arguments(model: Model, n_tokens: int) -> dict:
+    """A valid call: one sequence at position 0 in one block, the last row."""
+    return {
+        "tokens": np.arange(n_tokens, dtype=np.int32),
+        "positions": np.arange(n_tokens, dtype=np.int32),
+        "seq_starts": np.array([0, n_tokens], np.int32),
+        "block_tables": np.array([[0]], np.int32),
+        "rows": np.array([n_tokens - 1], np.int32),
+        "cache": model.new_cache(1),
+    }
+
+
+def ints(*values) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": [0, 1, 2]}, "tokens: expected a contiguous int32 array"),
+        ({"tokens": np.arange(3)}, "tokens: expected a contiguous int32 array"),
+        ({"tokens": np.arange(6, dtype=np.int32)[::2]}, "tokens: expected a contiguous int32 array"),
+        ({"tokens": np.zeros((3, 1), np.int32)}, "tokens: expected a contiguous int32 array of 1 dim"),
+        ({"tokens": ints()}, "tokens: expected 1"),
+        ({"tokens": ints(0, 320, 1)}, r"tokens\[1\] is 320; expected 0 to 319"),
+        ({"tokens": ints(0, 1, -1)}, r"tokens\[2\] is -1"),
+        ({"positions": ints(0, 1)}, "positions: expected one for each of the 3 tokens"),
+        ({"positions": ints(-1, 0, 1)}, r"positions\[0\] is -1; expected 0 to 191"),
+        ({"positions": ints(190, 191, 192)}, r"positions\[2\] is 192"),
+        ({"positions": ints(0, 2, 3)}, r"positions\[1\] does not follow"),
+        ({"positions": ints(62, 63, 64)}, "sequence 0 needs 2 blocks, the table has 1"),
+        ({"seq_starts": ints(0)}, "seq_starts: expected one more value"),
+        ({"seq_starts": ints(0, 2)}, "seq_starts: expected to begin with 0 and end with"),
+        ({"seq_starts": ints(1, 3)}, "seq_starts: expected to begin with 0 and end with"),
+        ({"seq_starts": ints(0, 4, 3), "block_tables": ints(0, 0).reshape(2, 1)}, "seq_starts: expected ascending"),
+        ({"seq_starts": ints(0, -1, 3), "block_tables": ints(0, 0).reshape(2, 1)}, "seq_starts: expected ascending"),
+        ({"block_tables": ints(0)}, "block_tables: expected a contiguous int32 array of 2 dim"),
+        ({"block_tables": ints(1).reshape(1, 1)}, r"block_tables\[0, 0\] is 1; expected 0 to 0"),
+        ({"block_tables": ints(-1).reshape(1, 1)}, r"block_tables\[0, 0\] is -1"),
+        ({"block_tables": np.zeros((1, 0), np.int32)}, "sequence 0 needs 1 blocks, the table has 0"),
+        ({"rows": ints(3)}, r"rows\[0\] is 3; expected 0 to 2"),
+        ({"rows": ints(-1)}, r"rows\[0\] is -1"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    model = Model(quantize(tiny.master()), threads=1)
+    with pytest.raises(ValueError, match=message):
+        model.forward(**arguments(model, n_tokens=3) | changes)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model = Model(quantize(tiny.master()), threads=1)
+    other = Model(quantize(tiny.master(tiny.config(n_layers=1))), threads=1)
+    call = arguments(model, n_tokens=3)
+    with pytest.raises(ValueError, match="cache: made for a model of another shape"):
+        model.forward(**call | {"cache": other.new_cache(1)})
+    with pytest.raises(ValueError, match="n_blocks: expected at least 1"):
+        model.new_cache(0)
+    with pytest.raises(MemoryError):
+        model.new_cache(2**30 - 1)
+
+
+def test_a_float_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="quantize it first"):
+        Model(tiny.master())
+
+
+def test_choices_come_from_the_argument_then_the_environment(monkeypatch):
+    assert choose_isa() == available_isas()[0]
+    assert choose_threads() == default_threads() >= 1
+    monkeypatch.setenv("ONEBIT_ISA", "scalar")
+    monkeypatch.setenv("ONEBIT_THREADS", "3")
+    assert (choose_isa(), choose_threads()) == ("scalar", 3)
+    assert (choose_isa(available_isas()[0]), choose_threads(2)) == (available_isas()[0], 2)
+    model = Model(quantize(tiny.master()))
+    assert (model.isa, model.threads) == ("scalar", 3)
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5", "1025", "99999999999999999999"])
+def test_a_bad_number_of_threads_is_refused(monkeypatch, threads):
+    monkeypatch.setenv("ONEBIT_THREADS", threads)
+    with pytest.raises(ValueError, match=r"ONEBIT_THREADS is .*; expected a whole number from 1 to 1024"):
+        choose_threads()
+
+
+def test_a_bad_choice_is_refused(monkeypatch):
+    for threads in (0, True, 1.5):
+        with pytest.raises(ValueError, match="threads is"):
+            choose_threads(threads)
+    with pytest.raises(ValueError, match="isa is 'sse'; this machine has .*scalar"):
+        choose_isa("sse")
+    monkeypatch.setenv("ONEBIT_ISA", "AVX2")
+    with pytest.raises(ValueError, match="ONEBIT_ISA is 'AVX2'; this machine has .*scalar"):
+        choose_isa()
+
+
+def test_hardware_threads_of_a_core_count_once(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr("onebit.engine.model._siblings", lambda cpu: str(cpu % 2))
+    assert default_threads() == 2
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert default_threads() == 1
