@@ -1,0 +1,203 @@
+// onebit._core.kernels: each kernel of each instruction set, for the tests.
+//
+// Thin: an argument per argument, outputs written in place. All sizes are checked here, because Python may pass
+// anything and kernels check nothing.
+#include "onebit/kernels.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace onebit;
+
+template <typename T, int kDims>
+using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+constexpr int kMaxTables = 16;
+// Far above any test, far below where an int index could overflow.
+constexpr std::size_t kMaxValues = std::size_t{1} << 28;
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw nb::value_error(message.c_str());
+}
+
+std::vector<std::string> available_isas() {
+  const Kernels* tables[kMaxTables];
+  const int n = available_kernels(tables, kMaxTables);
+  std::vector<std::string> names;
+  for (int i = 0; i < n; ++i) names.emplace_back(tables[i]->name);
+  return names;
+}
+
+const Kernels& kernels_of(const std::string& isa) {
+  const Kernels* kernels = find_kernels(isa.c_str());
+  require(kernels != nullptr, "isa '" + isa + "': not available here; see available_isas()");
+  return *kernels;
+}
+
+Encoding encoding_of(const std::string& name) {
+  constexpr const char* kNames[kEncodings] = {"t80", "r64", "b128", "q8", "q4"};
+  for (int i = 0; i < kEncodings; ++i) {
+    if (name == kNames[i]) return static_cast<Encoding>(i);
+  }
+  throw nb::value_error(("encoding '" + name + "': expected t80, r64, b128, q8 or q4").c_str());
+}
+
+int length(std::size_t n) {
+  require(n >= 1 && n <= kMaxValues, std::to_string(n) + " values: expected 1 to 2^28");
+  return static_cast<int>(n);
+}
+
+void require_length(const char* name, std::size_t actual, std::size_t expected) {
+  require(actual == expected,
+          std::string(name) + " has " + std::to_string(actual) + " values; expected " + std::to_string(expected));
+}
+
+void dot_tile(const std::string& isa, const std::string& encoding, Array<const std::uint8_t, 2> tile,
+              Array<const std::int8_t, 2> x, Array<const std::int32_t, 1> sums, Array<std::int32_t, 2> out) {
+  const Encoding layout = encoding_of(encoding);
+  const std::size_t k = tile.shape(0) * 4;
+  require(tile.shape(1) == 64, "tile: expected units of 64 bytes");
+  require(k >= 16 && k % kInputAlign == 0 && k <= kMaxDotInputs,
+          "tile holds " + std::to_string(k) + " inputs; expected a multiple of 16 from 16 to 32768");
+  require(x.shape(1) >= k, "x rows are shorter than the tile's inputs");
+  const int m = length(x.shape(0));
+  length(x.size());
+  require_length("sums", sums.size(), x.shape(0));
+  require(out.shape(0) == x.shape(0) && out.shape(1) == static_cast<std::size_t>(tile_rows(layout)),
+          "out: expected [tokens, tile rows]");
+  kernels_of(isa).dot_tile[static_cast<int>(layout)](tile.data(), x.data(), static_cast<std::ptrdiff_t>(x.shape(1)),
+                                                     sums.data(), m, static_cast<int>(k), out.data());
+}
+
+void scale_sums(const std::string& isa, Array<const std::int32_t, 1> acc, Array<const float, 1> w_scale, int stride,
+                bool accumulate, Array<float, 1> y) {
+  const int n = length(acc.size());
+  require(stride >= 0, "stride: expected 0 or more");
+  require_length("y", y.size(), acc.size());
+  require(w_scale.size() > static_cast<std::size_t>(n - 1) * static_cast<std::size_t>(stride),
+          "w_scale is too short for the stride");
+  kernels_of(isa).scale_sums(acc.data(), w_scale.data(), stride, n, accumulate, y.data());
+}
+
+void scale(const std::string& isa, float factor, Array<float, 1> y) {
+  kernels_of(isa).scale(factor, length(y.size()), y.data());
+}
+
+void scale_sums15(const std::string& isa, Array<const std::int32_t, 1> hi, Array<const std::int32_t, 1> lo,
+                  Array<const float, 1> w_scale, float x_scale, Array<float, 1> y) {
+  const int n = length(hi.size());
+  require_length("lo", lo.size(), hi.size());
+  require_length("w_scale", w_scale.size(), hi.size());
+  require_length("y", y.size(), hi.size());
+  kernels_of(isa).scale_sums15(hi.data(), lo.data(), w_scale.data(), x_scale, n, y.data());
+}
+
+template <Kernels::Quantize Kernels::* kKernel>
+float quantize(const std::string& isa, Array<const float, 1> x, Array<std::int8_t, 1> codes) {
+  require(codes.size() >= x.size(), "codes: expected room for every value of x");
+  float scale;
+  (kernels_of(isa).*kKernel)(x.data(), length(x.size()), length(codes.size()), codes.data(), &scale);
+  return scale;
+}
+
+float quantize_a15(const std::string& isa, Array<const float, 1> x, Array<std::int8_t, 1> hi,
+                   Array<std::int8_t, 1> lo) {
+  require(hi.size() >= x.size(), "hi: expected room for every value of x");
+  require_length("lo", lo.size(), hi.size());
+  float scale;
+  kernels_of(isa).quantize_a15(x.data(), length(x.size()), length(hi.size()), hi.data(), lo.data(), &scale);
+  return scale;
+}
+
+std::int32_t sum_codes(const std::string& isa, Array<const std::int8_t, 1> codes) {
+  require(codes.size() % kInputAlign == 0 && codes.size() < (1 << 24), "codes: expected a multiple of 16 values");
+  return kernels_of(isa).sum_codes(codes.data(), length(codes.size()));
+}
+
+void rms_norm(const std::string& isa, Array<const float, 1> x, Array<const float, 1> gain, float eps,
+              Array<float, 1> y) {
+  require_length("gain", gain.size(), x.size());
+  require_length("y", y.size(), x.size());
+  kernels_of(isa).rms_norm(x.data(), gain.data(), eps, length(x.size()), y.data());
+}
+
+void rope(const std::string& isa, Array<float, 2> x, Array<const float, 1> cos, Array<const float, 1> sin) {
+  length(x.size());
+  require(x.shape(1) % 2 == 0, "x: expected an even head width");
+  require_length("cos", cos.size(), x.shape(1) / 2);
+  require_length("sin", sin.size(), x.shape(1) / 2);
+  kernels_of(isa).rope(x.data(), cos.data(), sin.data(), static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)));
+}
+
+using Gate = void (*)(const float*, const float*, int, float*) noexcept;
+
+template <Gate Kernels::* kKernel>
+void gate_mul(const std::string& isa, Array<const float, 1> gate, Array<const float, 1> up, Array<float, 1> y) {
+  require_length("up", up.size(), gate.size());
+  require_length("y", y.size(), gate.size());
+  (kernels_of(isa).*kKernel)(gate.data(), up.data(), length(gate.size()), y.data());
+}
+
+void add(const std::string& isa, Array<const float, 1> y, Array<float, 1> x) {
+  require_length("x", x.size(), y.size());
+  kernels_of(isa).add(y.data(), length(y.size()), x.data());
+}
+
+void to_bf16(const std::string& isa, Array<const float, 1> x, Array<std::uint16_t, 1> y) {
+  require_length("y", y.size(), x.size());
+  kernels_of(isa).to_bf16(x.data(), length(x.size()), y.data());
+}
+
+void attend(const std::string& isa, Array<const float, 2> q, float inv_sqrt_d,
+            const std::vector<Array<const std::uint16_t, 2>>& k_blocks,
+            const std::vector<Array<const std::uint16_t, 2>>& v_blocks, int n_keys, Array<float, 2> out) {
+  length(q.size());
+  const std::size_t d = q.shape(1);
+  require(out.shape(0) == q.shape(0) && out.shape(1) == d, "out: expected the shape of q");
+  const std::size_t n_blocks = k_blocks.size();
+  require(n_keys >= 1 && n_blocks < (std::size_t{1} << 20) && n_blocks == v_blocks.size() &&
+              static_cast<std::size_t>(n_keys) <= n_blocks * kBlockTokens,
+          "n_keys: expected 1 to 64 per block, and as many blocks of values as of keys");
+  std::vector<const std::uint16_t*> k, v;
+  for (std::size_t b = 0; b < n_blocks; ++b) {
+    require(k_blocks[b].shape(0) == kBlockTokens && k_blocks[b].shape(1) == d, "k block: expected [64, d]");
+    require(v_blocks[b].shape(0) == kBlockTokens && v_blocks[b].shape(1) == d, "v block: expected [64, d]");
+    k.push_back(k_blocks[b].data());
+    v.push_back(v_blocks[b].data());
+  }
+  kernels_of(isa).attend(q.data(), static_cast<int>(q.shape(0)), static_cast<int>(d), inv_sqrt_d, k.data(), v.data(),
+                         n_keys, out.data());
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  using namespace nb::literals;
+  m.doc() = "The kernels of each instruction set, one function per entry; outputs are written in place.";
+  m.def("available_isas", &available_isas, "Names of the instruction sets of this build and CPU, best first.");
+  m.def("dot_tile", &dot_tile, "isa"_a, "encoding"_a, "tile"_a, "x"_a, "sums"_a, "out"_a);
+  m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "w_scale"_a, "stride"_a, "accumulate"_a, "y"_a);
+  m.def("scale", &scale, "isa"_a, "factor"_a, "y"_a);
+  m.def("scale_sums15", &scale_sums15, "isa"_a, "hi"_a, "lo"_a, "w_scale"_a, "x_scale"_a, "y"_a);
+  m.def("quantize_a8", &quantize<&Kernels::quantize_a8>, "isa"_a, "x"_a, "codes"_a);
+  m.def("quantize_a4", &quantize<&Kernels::quantize_a4>, "isa"_a, "x"_a, "codes"_a);
+  m.def("quantize_a1", &quantize<&Kernels::quantize_a1>, "isa"_a, "x"_a, "codes"_a);
+  m.def("quantize_a15", &quantize_a15, "isa"_a, "x"_a, "hi"_a, "lo"_a);
+  m.def("sum_codes", &sum_codes, "isa"_a, "codes"_a);
+  m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "eps"_a, "y"_a);
+  m.def("rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a);
+  m.def("silu_mul", &gate_mul<&Kernels::silu_mul>, "isa"_a, "gate"_a, "up"_a, "y"_a);
+  m.def("relu2_mul", &gate_mul<&Kernels::relu2_mul>, "isa"_a, "gate"_a, "up"_a, "y"_a);
+  m.def("add", &add, "isa"_a, "y"_a, "x"_a);
+  m.def("to_bf16", &to_bf16, "isa"_a, "x"_a, "y"_a);
+  m.def("attend", &attend, "isa"_a, "q"_a, "inv_sqrt_d"_a, "k_blocks"_a, "v_blocks"_a, "n_keys"_a, "out"_a);
+}

@@ -1,0 +1,61 @@
+// Chooses among the kernel tables: one ordered list, the first that this CPU runs wins.
+//
+// To add an instruction set: one file, its declaration in tables.h, one line in kCandidates.
+#include <cstring>
+
+#include "tables.h"
+
+namespace onebit {
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool (*is_supported)() noexcept;
+};
+
+bool always() noexcept { return true; }
+
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+#if defined(__x86_64__)
+bool has_avx2() noexcept {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2");
+}
+
+bool has_avx512vnni() noexcept {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+// Best first.
+constexpr Candidate kCandidates[] = {
+#if defined(__x86_64__)
+    {&kAvx512Vnni, has_avx512vnni},
+    {&kAvx2, has_avx2},
+#endif
+    {&kScalar, always},
+};
+
+}  // namespace
+
+int available_kernels(const Kernels** tables, int capacity) noexcept {
+  int count = 0;
+  for (const Candidate& candidate : kCandidates) {
+    if (!candidate.is_supported()) continue;
+    if (count < capacity) tables[count] = candidate.table;
+    ++count;
+  }
+  return count;
+}
+
+const Kernels* find_kernels(const char* name) noexcept {
+  for (const Candidate& candidate : kCandidates) {
+    if (std::strcmp(candidate.table->name, name) == 0) return candidate.is_supported() ? candidate.table : nullptr;
+  }
+  return nullptr;
+}
+
+}  // namespace onebit

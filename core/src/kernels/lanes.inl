@@ -1,0 +1,529 @@
+// The float work of every SIMD table, written once in vector extensions and compiled per instruction set.
+//
+// Included inside a namespace of its own by a file that has set kVectorBytes, the width of a register, and included
+// onebit/kernels.h. Outputs may be one of the inputs; otherwise memory does not overlap.
+//
+// Elementwise arithmetic is a plain loop: IEEE operations give the same bits at any width, and compilers vectorise it.
+// They do not vectorise choices between floats, so what has one is written in `Vector`, one register. Sums follow the
+// one order of docs/numerics.md. A block of 16 values is `Lanes`, one value per lane:
+//
+//   values    0 .. 15   16 .. 31   32 .. 47
+//   lane l      x[l] + x[16 + l] + x[32 + l] ...                  ascending; starts at +0, short blocks end in zeros
+//   total     fold<8>: (0, 8) (1, 9) ..  fold<4>: (0, 4) ..  fold<2>  fold<1>
+//
+//   one register of  AVX-512 |------------- 16 lanes --------------|
+//                    AVX2    |----- part 0 -----|----- part 1 -----|
+//                    NEON    |-- 0 --|-- 1 --|-- 2 --|-- 3 --|
+//
+// Work per value: sums 1 load, 2 operations; attention 2 operations per key element and head, and the same per value
+// element, against 4 bytes of bfloat16 cache shared by up to 4 heads.
+
+#define ONEBIT_INLINE inline __attribute__((always_inline))
+// Arrays of registers stay in registers only where the loops over them are unrolled.
+#define ONEBIT_UNROLL _Pragma("GCC unroll 32")
+
+constexpr int kLaneCount = 16;
+constexpr int kPartLanes = kVectorBytes / 4;
+constexpr int kParts = kLaneCount / kPartLanes;
+
+using Vector = float __attribute__((vector_size(kVectorBytes)));
+using IntVector = std::int32_t __attribute__((vector_size(kVectorBytes)));
+using BitsVector = std::uint32_t __attribute__((vector_size(kVectorBytes)));
+using HalfVector = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+using ByteVector = std::int8_t __attribute__((vector_size(kVectorBytes / 4)));
+
+struct Lanes {
+  Vector part[kParts];
+};
+
+// ---- Lanes ----
+
+ONEBIT_INLINE Lanes splat(float x) {
+  Lanes a;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) a.part[i] = x - Vector{};
+  return a;
+}
+
+ONEBIT_INLINE Lanes load_lanes(const float* x) {
+  Lanes a;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) __builtin_memcpy(&a.part[i], x + i * kPartLanes, sizeof a.part[i]);
+  return a;
+}
+
+// bfloat16: the upper half of a float.
+ONEBIT_INLINE Lanes load_lanes(const std::uint16_t* x) {
+  Lanes a;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) {
+    HalfVector half;
+    __builtin_memcpy(&half, x + i * kPartLanes, sizeof half);
+    a.part[i] = (Vector)(__builtin_convertvector(half, IntVector) << 16);
+  }
+  return a;
+}
+
+// The first n <= 16 values; zeros in the other lanes.
+template <typename T>
+ONEBIT_INLINE Lanes load_lanes(const T* x, int n) {
+  if (n == kLaneCount) return load_lanes(x);
+  T padded[kLaneCount] = {};
+  __builtin_memcpy(padded, x, static_cast<std::size_t>(n) * sizeof *x);
+  return load_lanes(padded);
+}
+
+ONEBIT_INLINE void store_lanes(float* y, const Lanes& a) {
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) __builtin_memcpy(y + i * kPartLanes, &a.part[i], sizeof a.part[i]);
+}
+
+ONEBIT_INLINE void store_lanes(float* y, const Lanes& a, int n) {
+  if (n == kLaneCount) return store_lanes(y, a);
+  float padded[kLaneCount];
+  store_lanes(padded, a);
+  __builtin_memcpy(y, padded, static_cast<std::size_t>(n) * sizeof *y);
+}
+
+// f of each register of a, or of a and b.
+template <typename Function>
+ONEBIT_INLINE Lanes map(const Lanes& a, Function f) {
+  Lanes y;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) y.part[i] = f(a.part[i]);
+  return y;
+}
+
+template <typename Function>
+ONEBIT_INLINE Lanes map(const Lanes& a, const Lanes& b, Function f) {
+  Lanes y;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) y.part[i] = f(a.part[i], b.part[i]);
+  return y;
+}
+
+ONEBIT_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
+  return map(a, b, [](Vector x, Vector y) { return x + y; });
+}
+
+ONEBIT_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
+  return map(a, b, [](Vector x, Vector y) { return x * y; });
+}
+
+// In each block of 2 * kWidth lanes: lanes [0, kWidth) of a, then of b (kFrom = 0), or [kWidth, 2 * kWidth) of each.
+template <int kWidth, int kFrom>
+ONEBIT_INLINE Vector gather(Vector a, Vector b) {
+#define ONEBIT_LANE(i) ((i) / (2 * kWidth) * (2 * kWidth) + (i) % kWidth + kFrom + ((i) / kWidth % 2) * kPartLanes)
+#define ONEBIT_LANES4(i) ONEBIT_LANE(i), ONEBIT_LANE(i + 1), ONEBIT_LANE(i + 2), ONEBIT_LANE(i + 3)
+#define ONEBIT_LANES8(i) ONEBIT_LANES4(i), ONEBIT_LANES4(i + 4)
+#if defined(__clang__)
+  if constexpr (kPartLanes == 16) return __builtin_shufflevector(a, b, ONEBIT_LANES8(0), ONEBIT_LANES8(8));
+  if constexpr (kPartLanes == 8) return __builtin_shufflevector(a, b, ONEBIT_LANES8(0));
+  if constexpr (kPartLanes == 4) return __builtin_shufflevector(a, b, ONEBIT_LANES4(0));
+#else
+  if constexpr (kPartLanes == 16) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES8(0), ONEBIT_LANES8(8)});
+  if constexpr (kPartLanes == 8) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES8(0)});
+  if constexpr (kPartLanes == 4) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES4(0)});
+#endif
+#undef ONEBIT_LANES8
+#undef ONEBIT_LANES4
+#undef ONEBIT_LANE
+}
+
+// One step of two pairwise sums at once: in each block of 2 * kWidth lanes, the first half holds a[l] + a[l + kWidth],
+// the second half b[l] + b[l + kWidth].
+template <int kWidth>
+ONEBIT_INLINE Lanes fold(const Lanes& a, const Lanes& b) {
+  Lanes sum;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) {
+    if constexpr (kWidth >= kPartLanes) {
+      constexpr int kStep = kWidth / kPartLanes;
+      const Lanes& from = i / kStep % 2 ? b : a;
+      const int first = i / (2 * kStep) * (2 * kStep) + i % kStep;
+      sum.part[i] = from.part[first] + from.part[first + kStep];
+    } else {
+      sum.part[i] = gather<kWidth, 0>(a.part[i], b.part[i]) + gather<kWidth, kWidth>(a.part[i], b.part[i]);
+    }
+  }
+  return sum;
+}
+
+ONEBIT_INLINE float total(Lanes a) {
+  a = fold<8>(a, a);
+  a = fold<4>(a, a);
+  a = fold<2>(a, a);
+  return fold<1>(a, a).part[0][0];
+}
+
+// The totals of 16 Lanes, one in each lane. Overwrites a.
+ONEBIT_INLINE Lanes totals(Lanes* a) {
+  ONEBIT_UNROLL
+  for (int i = 0; i < 8; ++i) a[i] = fold<8>(a[i], a[i + 8]);
+  ONEBIT_UNROLL
+  for (int i = 0; i < 4; ++i) a[i] = fold<4>(a[i], a[i + 4]);
+  ONEBIT_UNROLL
+  for (int i = 0; i < 2; ++i) a[i] = fold<2>(a[i], a[i + 2]);
+  return fold<1>(a[0], a[1]);
+}
+
+template <typename Term>
+ONEBIT_INLINE float lane_sum(const float* x, int n, Term term) {
+  Lanes sum = splat(0.0f);
+  int i = 0;
+  for (; i + kLaneCount <= n; i += kLaneCount) sum = sum + map(load_lanes(x + i), term);
+  if (i < n) sum = sum + map(load_lanes(x + i, n - i), term);
+  return total(sum);
+}
+
+// ---- Elementwise ----
+
+void scale_sums(const std::int32_t* acc, const float* w_scale, std::ptrdiff_t stride, int n, bool accumulate,
+                float* y) noexcept {
+  if (accumulate) {
+    for (int j = 0; j < n; ++j) y[j] = y[j] + static_cast<float>(acc[j]) * w_scale[j * stride];
+  } else if (stride == 0) {
+    const float shared = *w_scale;
+    for (int j = 0; j < n; ++j) y[j] = static_cast<float>(acc[j]) * shared;
+  } else {
+    for (int j = 0; j < n; ++j) y[j] = static_cast<float>(acc[j]) * w_scale[j * stride];
+  }
+}
+
+void scale(float factor, int n, float* y) noexcept {
+  for (int j = 0; j < n; ++j) y[j] = y[j] * factor;
+}
+
+void scale_sums15(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
+                  float* y) noexcept {
+  for (int j = 0; j < n; ++j) {
+    // Exact in double, so the one rounding is the one to float.
+    const double sum = static_cast<double>(hi[j]) * 128.0 + static_cast<double>(lo[j]);
+    y[j] = (static_cast<float>(sum) * w_scale[j]) * x_scale;
+  }
+}
+
+void add(const float* y, int n, float* x) noexcept {
+  for (int i = 0; i < n; ++i) x[i] = x[i] + y[i];
+}
+
+void rope(float* x, const float* cos, const float* sin, int n_heads, int d_head) noexcept {
+  const int half = d_head / 2;
+  for (int head = 0; head < n_heads; ++head, x += d_head) {
+    for (int i = 0; i < half; ++i) {
+      const float a = x[i];
+      const float b = x[i + half];
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + half] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+ONEBIT_INLINE std::uint32_t bits_of(float x) { return __builtin_bit_cast(std::uint32_t, x); }
+
+void to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
+  for (int i = 0; i < n; ++i) {
+    const std::uint32_t bits = bits_of(x[i]);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    y[i] = static_cast<std::uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
+  }
+}
+
+// ---- Gates ----
+
+// y[i] = f(a[i], b[i]), a register at a time.
+template <typename Function>
+ONEBIT_INLINE void map_values(const float* a, const float* b, int n, float* y, Function f) {
+  int i = 0;
+  for (; i + kLaneCount <= n; i += kLaneCount) store_lanes(y + i, map(load_lanes(a + i), load_lanes(b + i), f));
+  if (i < n) store_lanes(y + i, map(load_lanes(a + i, n - i), load_lanes(b + i, n - i), f), n - i);
+}
+
+void relu2_mul(const float* gate, const float* up, int n, float* y) noexcept {
+  map_values(gate, up, n, y, [](Vector g, Vector u) {
+    const Vector r = g > 0.0f ? g : Vector{};
+    return (r * r) * u;
+  });
+}
+
+// 1.5 * 2^23: a float this large has no bits below 1, so adding it rounds to a whole number, ties to even, and leaves
+// that number in its low bits.
+constexpr float kRounder = 0x1.8p23f;
+
+// exp(x) as 2^n * exp(r), n = round(x / ln 2). Saturates: 0 below -87, infinity above 88.
+ONEBIT_INLINE Vector exponential(Vector x) {
+  const Vector shifted = x * 0x1.715476p+0f + kRounder;
+  const Vector n = shifted - kRounder;
+  // ln 2 in two parts, the first short enough for n times it to be exact.
+  const Vector r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  // Minimax of (exp(r) - 1 - r) / r^2 over |r| <= ln(2) / 2, relative error 3e-9.
+  Vector p = Vector{} + 0x1.6a23dcp-10f;
+  p = p * r + 0x1.123a26p-7f;
+  p = p * r + 0x1.5558f4p-5f;
+  p = p * r + 0x1.55549p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  const Vector exp_r = 1.0f + (r + (r * r) * p);
+  // The low bits of `shifted` hold n; as an exponent they make 2^n.
+  const Vector y = exp_r * (Vector)(((BitsVector)shifted + 127u) << 23);
+  const Vector above_zero = x < -87.0f ? Vector{} : y;
+  return x > 88.0f ? Vector{} + __builtin_inff() : above_zero;
+}
+
+ONEBIT_INLINE float exponential(float x) { return exponential(x - Vector{})[0]; }
+
+void silu_mul(const float* gate, const float* up, int n, float* y) noexcept {
+  map_values(gate, up, n, y, [](Vector g, Vector u) { return (g / (1.0f + exponential(-g))) * u; });
+}
+
+// ---- Norm and quantisers ----
+
+void rms_norm(const float* x, const float* gain, float eps, int n, float* y) noexcept {
+  const float sum = lane_sum(x, n, [](Vector v) { return v * v; });
+  const float r = 1.0f / __builtin_sqrtf(sum / static_cast<float>(n) + eps);
+  for (int i = 0; i < n; ++i) y[i] = (x[i] * r) * gain[i];
+}
+
+constexpr float kEpsilon = 1e-5f;
+
+// The largest magnitude, at least epsilon; NaN if any value is NaN, because the bits of NaN are above all others.
+ONEBIT_INLINE float largest_magnitude(const float* x, int n) {
+  std::uint32_t largest = bits_of(kEpsilon);
+  for (int i = 0; i < n; ++i) {
+    const std::uint32_t bits = bits_of(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return __builtin_bit_cast(float, largest);
+}
+
+// The mean magnitude, at least epsilon; NaN if any value is NaN.
+ONEBIT_INLINE float mean_magnitude(const float* x, int n) {
+  const float mean =
+      lane_sum(x, n, [](Vector v) { return (Vector)((IntVector)v & 0x7fffffff); }) / static_cast<float>(n);
+  return mean < kEpsilon ? kEpsilon : mean;
+}
+
+// x to the nearest whole number in [low, high], ties to even; NaN becomes 0.
+ONEBIT_INLINE IntVector round_clamped(Vector x, float low, float high) {
+  const Vector number = x == x ? x : Vector{};
+  const Vector above = number < low ? Vector{} + low : number;
+  const Vector clamped = above > high ? Vector{} + high : above;
+  return (IntVector)(clamped + kRounder) - (IntVector)(Vector{} + kRounder);
+}
+
+// codes[i] = f(x[i]), and zeros from n up to n_padded.
+template <typename Function>
+ONEBIT_INLINE void store_codes(const float* x, int n, int n_padded, std::int8_t* codes, Function f) {
+  std::int8_t last[kLaneCount] = {};
+  for (int i = 0; i < n; i += kLaneCount) {
+    const int count = n - i < kLaneCount ? n - i : kLaneCount;
+    const Lanes values = load_lanes(x + i, count);
+    std::int8_t* to = count == kLaneCount ? codes + i : last;
+    ONEBIT_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const ByteVector bytes = __builtin_convertvector(f(values.part[part]), ByteVector);
+      __builtin_memcpy(to + part * kPartLanes, &bytes, sizeof bytes);
+    }
+    if (count < kLaneCount) __builtin_memcpy(codes + i, last, static_cast<std::size_t>(count));
+  }
+  for (int i = n; i < n_padded; ++i) codes[i] = 0;
+}
+
+void quantize_a8(const float* x, int n, int n_padded, std::int8_t* codes, float* scale) noexcept {
+  const float largest = largest_magnitude(x, n);
+  *scale = largest / 127.0f;
+  const float factor = 127.0f / largest;
+  store_codes(x, n, n_padded, codes, [=](Vector v) { return round_clamped(v * factor, -127.0f, 127.0f); });
+}
+
+void quantize_a4(const float* x, int n, int n_padded, std::int8_t* codes, float* scale) noexcept {
+  constexpr float kSqrt7 = 0x1.52a7fap+1f;
+  const float mean = mean_magnitude(x, n);
+  *scale = mean / kSqrt7;
+  const float factor = kSqrt7 / mean;
+  store_codes(x, n, n_padded, codes, [=](Vector v) { return round_clamped(v * factor, -8.0f, 7.0f); });
+}
+
+void quantize_a1(const float* x, int n, int n_padded, std::int8_t* codes, float* scale) noexcept {
+  *scale = mean_magnitude(x, n);
+  // A true comparison is -1.
+  store_codes(x, n, n_padded, codes, [](Vector v) { return (v > 0.0f) * -2 - 1; });
+}
+
+void quantize_a15(const float* x, int n, int n_padded, std::int8_t* hi, std::int8_t* lo, float* scale) noexcept {
+  const float largest = largest_magnitude(x, n);
+  const float factor = 16256.0f / largest;
+  *scale = largest / 16256.0f;
+  const auto code = [=](Vector v) { return round_clamped(v * factor, -16256.0f, 16256.0f); };
+  const auto high = [=](Vector v) { return (code(v) + 64) >> 7; };
+  store_codes(x, n, n_padded, hi, high);
+  store_codes(x, n, n_padded, lo, [=](Vector v) { return code(v) - 128 * high(v); });
+}
+
+std::int32_t sum_codes(const std::int8_t* codes, int n) noexcept {
+  std::int32_t sum = 0;
+  for (int i = 0; i < n; ++i) sum += codes[i];
+  return sum;
+}
+
+// ---- Attention ----
+
+// Heads that share one pass over the keys and values.
+constexpr int kMaxHeads = 4;
+
+// Scores of n <= 16 keys; score j of head h goes to scores[h * kBlockTokens + j], and those up to the 16th are set.
+template <int kHeads>
+ONEBIT_INLINE void score_keys(const float* q, int d, float inv_sqrt_d, const std::uint16_t* k, int n, float* scores) {
+  const int whole = d / kLaneCount * kLaneCount;
+  Lanes products[kHeads][kLaneCount];
+  for (int j = 0; j < n; ++j, k += d) {
+    Lanes sum[kHeads];
+    ONEBIT_UNROLL
+    for (int h = 0; h < kHeads; ++h) sum[h] = splat(0.0f);
+    for (int c = 0; c < whole; c += kLaneCount) {
+      const Lanes key = load_lanes(k + c);
+      ONEBIT_UNROLL
+      for (int h = 0; h < kHeads; ++h) sum[h] = sum[h] + load_lanes(q + h * d + c) * key;
+    }
+    if (whole < d) {
+      const Lanes key = load_lanes(k + whole, d - whole);
+      ONEBIT_UNROLL
+      for (int h = 0; h < kHeads; ++h) sum[h] = sum[h] + load_lanes(q + h * d + whole, d - whole) * key;
+    }
+    ONEBIT_UNROLL
+    for (int h = 0; h < kHeads; ++h) products[h][j] = sum[h];
+  }
+  ONEBIT_UNROLL
+  for (int h = 0; h < kHeads; ++h) {
+    for (int j = n; j < kLaneCount; ++j) products[h][j] = splat(0.0f);
+    store_lanes(scores + h * kBlockTokens, totals(products[h]) * splat(inv_sqrt_d));
+  }
+}
+
+// Turns the first n scores of a block into weights exp(score - m), m the largest, and sets the rest of the block to
+// zero. Returns m, and the sum of the weights in *l.
+ONEBIT_INLINE float weigh(float* scores, int n, float* l) {
+  for (int j = n; j < kBlockTokens; ++j) scores[j] = -__builtin_inff();
+  Lanes largest = splat(-__builtin_inff());
+  for (int j = 0; j < kBlockTokens; j += kLaneCount) {
+    // NaN is never larger, and so passed over.
+    largest = map(largest, load_lanes(scores + j), [](Vector a, Vector b) { return b > a ? b : a; });
+  }
+  float lane[kLaneCount];
+  store_lanes(lane, largest);
+  float m = lane[0];
+  for (int i = 1; i < kLaneCount; ++i) m = lane[i] > m ? lane[i] : m;
+
+  map_values(scores, scores, kBlockTokens, scores, [=](Vector s, Vector) { return exponential(s - m); });
+  for (int j = n; j < kBlockTokens; ++j) scores[j] = 0.0f;
+  *l = lane_sum(scores, kBlockTokens, [](Vector v) { return v; });
+  return m;
+}
+
+// How the block at hand joins the result of the blocks before it.
+struct Merge {
+  bool is_first;
+  float keep;  // factor of the result so far
+  float take;  // factor of this block
+};
+
+// Adds the weighted values of a block, at d positions [c, c + width), to out.
+template <int kHeads, int kChunks>
+ONEBIT_INLINE void mix_values(const float* p, const std::uint16_t* v, int d, int n, int width, const Merge* merge,
+                              float* out) {
+  Lanes sum[kHeads][kChunks];
+  ONEBIT_UNROLL
+  for (int h = 0; h < kHeads; ++h) {
+    ONEBIT_UNROLL
+    for (int c = 0; c < kChunks; ++c) sum[h][c] = splat(0.0f);
+  }
+  const bool is_whole = width == kChunks * kLaneCount;
+  for (int j = 0; j < n; ++j, v += d) {
+    ONEBIT_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      const Lanes value = is_whole ? load_lanes(v + c * kLaneCount) : load_lanes(v, width);
+      ONEBIT_UNROLL
+      for (int h = 0; h < kHeads; ++h) sum[h][c] = sum[h][c] + value * splat(p[h * kBlockTokens + j]);
+    }
+  }
+  ONEBIT_UNROLL
+  for (int h = 0; h < kHeads; ++h) {
+    ONEBIT_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      float* y = out + h * d + c * kLaneCount;
+      const int count = is_whole ? kLaneCount : width;
+      Lanes mixed = sum[h][c];
+      if (!merge[h].is_first) {
+        mixed = load_lanes(y, count) * splat(merge[h].keep) + mixed * splat(merge[h].take);
+      }
+      store_lanes(y, mixed, count);
+    }
+  }
+}
+
+template <int kHeads>
+void attend_heads(const float* q, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
+                  const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
+  // As many sums as half the registers hold.
+  constexpr int kChunks = kParts == 1 ? 4 : 1;
+  float m[kHeads] = {};
+  float l[kHeads] = {};
+  for (int start = 0; start < n_keys; start += kBlockTokens) {
+    const std::uint16_t* k = k_blocks[start / kBlockTokens];
+    const std::uint16_t* v = v_blocks[start / kBlockTokens];
+    const int n = n_keys - start < kBlockTokens ? n_keys - start : kBlockTokens;
+
+    float p[kHeads * kBlockTokens];
+    for (int j = 0; j < n; j += kLaneCount) {
+      score_keys<kHeads>(q, d, inv_sqrt_d, k + j * d, n - j < kLaneCount ? n - j : kLaneCount, p + j);
+    }
+
+    Merge merge[kHeads];
+    ONEBIT_UNROLL
+    for (int h = 0; h < kHeads; ++h) {
+      float block_l;
+      const float block_m = weigh(p + h * kBlockTokens, n, &block_l);
+      if (start == 0) {
+        merge[h] = {true, 0.0f, 1.0f};
+        m[h] = block_m;
+        l[h] = block_l;
+      } else {
+        const float new_m = block_m > m[h] ? block_m : m[h];
+        merge[h] = {false, exponential(m[h] - new_m), exponential(block_m - new_m)};
+        m[h] = new_m;
+        l[h] = l[h] * merge[h].keep + block_l * merge[h].take;
+      }
+    }
+
+    int c = 0;
+    for (; c + kChunks * kLaneCount <= d; c += kChunks * kLaneCount) {
+      mix_values<kHeads, kChunks>(p, v + c, d, n, kChunks * kLaneCount, merge, out + c);
+    }
+    for (; c < d; c += kLaneCount) {
+      mix_values<kHeads, 1>(p, v + c, d, n, d - c < kLaneCount ? d - c : kLaneCount, merge, out + c);
+    }
+  }
+  ONEBIT_UNROLL
+  for (int h = 0; h < kHeads; ++h) {
+    for (int i = 0; i < d; ++i) out[h * d + i] = out[h * d + i] / l[h];
+  }
+}
+
+// attend_heads for the count, at most kHeads, that is known only now.
+template <int kHeads>
+void attend_few(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
+                const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
+  if (heads == kHeads) {
+    attend_heads<kHeads>(q, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out);
+  } else if constexpr (kHeads > 1) {
+    attend_few<kHeads - 1>(q, heads, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out);
+  }
+}
+
+void attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
+            const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
+  for (int h = 0; h < heads; h += kMaxHeads) {
+    const int count = heads - h < kMaxHeads ? heads - h : kMaxHeads;
+    attend_few<kMaxHeads>(q + h * d, count, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out + h * d);
+  }
+}

@@ -1,0 +1,85 @@
+"""The kernels' definitions in numpy: what a packed byte means, and the float work in its order.
+
+Exact references are float32 and follow docs/numerics.md step by step; smooth ones are float64.
+"""
+
+import numpy as np
+
+from onebit import quant
+
+BLOCK_TOKENS = 64
+
+
+def decode_tile(tile: np.ndarray, encoding: str) -> np.ndarray:
+    """The weights of any bytes, packed or not: uint8 [units, 64] -> int64 [tile rows, inputs]."""
+    byte = tile.reshape(-1, 16, 4).astype(np.int64)
+    groups = {"t80": 5, "r64": 4, "b128": 8, "q8": 1, "q4": 2}[encoding]
+    weights = []
+    for j in range(groups):
+        if encoding == "t80":
+            weights.append(byte * 3 // 256 - 1)
+            byte = byte * 3 % 256
+        elif encoding == "b128":
+            weights.append(2 * (byte >> j & 1) - 1)
+        else:
+            bits = 8 // groups
+            zero = {"r64": 1, "q8": 128, "q4": 8}[encoding]
+            weights.append((byte >> bits * j & 2**bits - 1) - zero)
+    # [group, unit, lane, input] -> [group, lane, unit, input]
+    return np.stack(weights).transpose(0, 2, 1, 3).reshape(groups * 16, -1)
+
+
+def scale_sums(acc: np.ndarray, w_scale: np.ndarray) -> np.ndarray:
+    """float32(acc) * w_scale."""
+    return acc.astype(np.float32) * w_scale
+
+
+def scale_sums15(hi: np.ndarray, lo: np.ndarray, w_scale: np.ndarray, x_scale: float) -> np.ndarray:
+    """(float32(hi * 128 + lo) * w_scale) * x_scale."""
+    return ((hi.astype(np.int64) * 128 + lo).astype(np.float32) * w_scale) * np.float32(x_scale)
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
+    """(x * r) * gain, r = 1 / sqrt(lane_sum(x * x) / n + eps)."""
+    mean = quant.lane_sum(x * x) / np.float32(x.size)
+    return (x * (np.float32(1) / np.sqrt(mean + np.float32(eps)))) * gain
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Half-split rotation of each row."""
+    a, b = np.split(x, 2, axis=1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)
+
+
+def relu2_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """max(gate, 0)^2 * up."""
+    r = np.where(gate > 0, gate, np.float32(0))
+    return (r * r) * up
+
+
+def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """gate / (1 + exp(-gate)) * up, float64."""
+    gate, up = gate.astype(np.float64), up.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16, ties to even, as uint16."""
+    bits = x.view(np.uint32)
+    low = bits & 0xFFFF
+    up = (low > 0x8000) | ((low == 0x8000) & (bits >> 16 & 1 == 1))
+    return ((bits >> 16) + up).astype(np.uint16)
+
+
+def from_bf16(x: np.ndarray) -> np.ndarray:
+    """uint16 bfloat16 -> float32, exactly."""
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, inv_sqrt_d: float) -> np.ndarray:
+    """softmax(q k^T / sqrt(d)) v in float64; q [heads, d], k and v uint16 bfloat16 [keys, d]."""
+    keys, values = from_bf16(k).astype(np.float64), from_bf16(v).astype(np.float64)
+    scores = q.astype(np.float64) @ keys.T * inv_sqrt_d
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True) @ values

@@ -1,0 +1,484 @@
+"""Every kernel of every instruction set. Kinds: exact (integers, ordered float work), invariant (equal bits).
+
+All arrays given to a kernel end where unreadable memory begins, so each test also proves its bounds.
+"""
+
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+import pytest
+
+from core import reference
+from onebit import quant
+from onebit._core import kernels
+from onebit.packing import pack
+
+ISAS = kernels.available_isas()
+ENCODINGS = {"t80": 80, "r64": 64, "b128": 128, "q8": 16, "q4": 32}
+SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 257, 1000)
+HEAD_WIDTHS = (2, 24, 32, 48, 64, 128)
+KEY_COUNTS = (1, 15, 63, 64, 65, 200)
+
+# The polynomial for exp is good to 1e-7, and silu adds three roundings of 6e-8.
+SILU_RTOL = 5e-7
+# exp gives infinity above 88, where silu is below 1e-36 in magnitude.
+SILU_ATOL = 1e-36
+# Sums of up to 200 float32 products, against float64, in units of the largest value.
+ATTEND_ATOL = 2e-6
+
+TINY = [1e-45, -1e-40, 1.1754944e-38, 1e-5]
+EXP_EDGES = [87.5, -87.5, 88.5, -88.5, 104.0, -104.0]
+HUGE = [1e30, -1e30, 3.4028235e38, -3.4028235e38, np.inf, -np.inf, np.nan]
+SPECIALS = np.array([0.0, -0.0, 0.5, -0.5, 1.5, 2.5, *TINY, *EXP_EDGES, *HUGE], np.float32)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def fenced(array):
+    """A copy whose last byte is followed by a page that nobody may touch."""
+    array = np.ascontiguousarray(array)
+    if sys.platform != "linux":
+        return array.copy()
+    page = mmap.PAGESIZE
+    size = -(-array.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    anchor = ctypes.c_char.from_buffer(memory)
+    forbidden = ctypes.c_void_p(ctypes.addressof(anchor) + size)
+    assert ctypes.CDLL(None).mprotect(forbidden, ctypes.c_size_t(page), 0) == 0
+    copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def empty(shape, dtype):
+    """Fenced memory for an output, filled with a pattern that no kernel leaves behind by luck."""
+    out = fenced(np.zeros(shape, dtype))
+    out.view(np.uint8)[...] = 0xA5
+    return out
+
+
+def floats(rng, n):
+    return rng.standard_normal(n).astype(np.float32) * np.float32(3)
+
+
+def with_specials(rng, n):
+    """Random values, about half of them special: all of SPECIALS where there is room."""
+    x = floats(rng, n)
+    at = rng.permutation(n)[: SPECIALS.size]
+    x[at] = rng.permutation(SPECIALS)[: at.size]
+    return x
+
+
+def assert_same_bits(actual, expected):
+    """Equal bits, zeros' signs included; any NaN equals any NaN."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    is_nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(actual), is_nan)
+    bits = np.uint32 if actual.dtype == np.float32 else actual.dtype
+    np.testing.assert_array_equal(actual.view(bits)[~is_nan], expected.view(bits)[~is_nan])
+
+
+# ---- Tables ----
+
+
+def test_scalar_is_the_last_resort():
+    assert ISAS[-1] == "scalar"
+    assert len(set(ISAS)) == len(ISAS)
+
+
+def test_unknown_isa_is_refused():
+    with pytest.raises(ValueError, match="isa 'mmx'"):
+        kernels.scale("mmx", 1.0, np.zeros(4, np.float32))
+
+
+# ---- Exact sums ----
+
+
+def dot_tile(isa, encoding, tile, x, k):
+    """out [tokens, tile rows] of the first k inputs of x."""
+    sums = fenced(x[:, :k].sum(axis=1, dtype=np.int32))
+    out = empty((x.shape[0], ENCODINGS[encoding]), np.int32)
+    kernels.dot_tile(isa, encoding, fenced(tile), fenced(x), sums, out)
+    return out
+
+
+def exact_dot(encoding, tile, x):
+    # float64 holds these sums exactly, and multiplies matrices fast.
+    weights = reference.decode_tile(tile, encoding).astype(np.float64)
+    return (x[:, : weights.shape[1]].astype(np.float64) @ weights.T).astype(np.int64)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("k", [16, 32, 48, 80, 208, 1040, 4096])
+def test_dot_tile_equals_integers(isa, encoding, k, rng):
+    """Any bytes at all, those that packing never writes included."""
+    tile = rng.integers(0, 256, (k // 4, 64), np.uint8)
+    for m in (1, 2, 3, 4, 5, 7, 64):
+        x = rng.integers(-127, 128, (m, k + 16 * (m % 3)), np.int8)
+        np.testing.assert_array_equal(dot_tile(isa, encoding, tile, x, k), exact_dot(encoding, tile, x))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_dot_tile_holds_extreme_sums(isa, encoding):
+    """The longest run of inputs, nothing but the largest activations, one byte everywhere: no sum saturates."""
+    k = 32768
+    x = np.full((4, k), 127, np.int8)
+    x[1] = -127
+    x[2, ::2] = -127
+    x[3, k // 2 :] = -127
+    for byte in (0, 86, 170, 255):
+        tile = np.full((k // 4, 64), byte, np.uint8)
+        weights = reference.decode_tile(tile[:1], encoding)[:, 0]
+        expected = np.outer(x.sum(axis=1, dtype=np.int64), weights)
+        np.testing.assert_array_equal(dot_tile(isa, encoding, tile, x, k), expected)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_dot_tile_holds_rows_of_opposite_extremes(isa, encoding):
+    """Every code of a row has the sign of its activation, in one row group after the other."""
+    k = 32768 if encoding in ("t80", "r64", "b128") else 4096
+    top = {"q8": 127, "q4": 7}.get(encoding, 1)
+    rows = ENCODINGS[encoding]
+    signs = np.where(np.arange(k) % 3 == 0, -1, 1).astype(np.int8)
+    codes = np.full((rows, k), -top, np.int8) * signs
+    codes[::2] *= -1
+    x = (127 * signs)[None].repeat(3, 0)
+    expected = np.where(np.arange(rows) % 2 == 0, 127 * top * k, -127 * top * k)
+    out = dot_tile(isa, encoding, pack(codes, encoding)[0], x, k)
+    np.testing.assert_array_equal(out, expected[None].repeat(3, 0))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_dot_tile_reads_what_pack_writes(isa, encoding, rng):
+    top = {"q8": 127, "q4": 7}.get(encoding, 1)
+    rows, n, k = ENCODINGS[encoding], ENCODINGS[encoding] + 13, 100
+    codes = rng.integers(-top, top + 1, (n, k)).astype(np.int8)
+    if encoding == "b128":
+        codes[codes == 0] = 1
+    x = np.zeros((3, 112), np.int8)
+    x[:, :k] = rng.integers(-127, 128, (3, k))
+    data = pack(codes, encoding)
+    out = np.concatenate([dot_tile(isa, encoding, tile, x, 112) for tile in data], axis=1)
+    np.testing.assert_array_equal(out[:, :n], x[:, :k].astype(np.int64) @ codes.T)
+    assert out.shape[1] == 2 * rows
+
+
+@pytest.mark.parametrize("n", [16, 48, 256, 4096])
+def test_sum_codes(isa, n, rng):
+    for codes in (rng.integers(-127, 128, n).astype(np.int8), np.full(n, -127, np.int8)):
+        assert kernels.sum_codes(isa, fenced(codes)) == codes.sum(dtype=np.int64)
+
+
+# ---- Scales ----
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("stride", [0, 1, 3])
+def test_scale_sums(isa, n, stride, rng):
+    acc = rng.integers(-(2**24), 2**24, n).astype(np.int32)
+    w_scale = np.exp(floats(rng, (n - 1) * stride + 1))
+    y = empty(n, np.float32)
+    kernels.scale_sums(isa, fenced(acc), fenced(w_scale), stride, False, y)
+    expected = reference.scale_sums(acc, w_scale[np.arange(n) * stride])
+    assert_same_bits(y, expected)
+    kernels.scale_sums(isa, fenced(acc[::-1]), fenced(w_scale), stride, True, y)
+    assert_same_bits(y, expected + reference.scale_sums(acc[::-1], w_scale[np.arange(n) * stride]))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_scale(isa, n, rng):
+    y = with_specials(rng, n)
+    scaled = fenced(y)
+    kernels.scale(isa, 0.3, scaled)
+    assert_same_bits(scaled, y * np.float32(0.3))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_scale_sums15(isa, n, rng):
+    top = 127 * 127 * 32768
+    hi = rng.integers(-top, top + 1, n).astype(np.int32)
+    lo = rng.integers(-top // 2, top // 2 + 1, n).astype(np.int32)
+    hi[0], lo[0] = top, top // 2
+    w_scale = np.exp(floats(rng, n))
+    y = empty(n, np.float32)
+    kernels.scale_sums15(isa, fenced(hi), fenced(lo), fenced(w_scale), 0.017, y)
+    assert_same_bits(y, reference.scale_sums15(hi, lo, w_scale, 0.017))
+
+
+def test_scale_sums15_rounds_once(isa):
+    """Sums halfway between two floats but for their last bit: rounding hi * 128 first would tie to even."""
+    hi = np.array([2**24 + 1, 2**24 + 1, -(2**24) - 1], np.int32)
+    lo = np.array([1, -1, -1], np.int32)
+    y = empty(3, np.float32)
+    kernels.scale_sums15(isa, fenced(hi), fenced(lo), fenced(np.ones(3, np.float32)), 1.0, y)
+    np.testing.assert_array_equal(y, np.array([2**31 + 256, 2**31, -(2**31) - 256], np.float32))
+
+
+# ---- Quantisers ----
+
+
+def activations(rng, n):
+    """Rows that quantisers must get right: ordinary, ties, zeros, denormals, tiny, huge."""
+    ties = rng.integers(-20, 21, n).astype(np.float32) / 2
+    ties[0] = 127
+    x = floats(rng, n)
+    scaled = [x * np.float32(factor) for factor in (1, 0, 1e-42, 1e-7, 1e30)]
+    return [ties, *scaled]
+
+
+def quantize(isa, name, x, n_padded):
+    codes = empty(n_padded, np.int8)
+    scale = getattr(kernels, f"quantize_{name}")(isa, fenced(x), codes)
+    np.testing.assert_array_equal(codes[x.size :], 0)
+    return codes[: x.size], np.float32(scale)
+
+
+def quantize_a15(isa, x, n_padded):
+    hi, lo = empty(n_padded, np.int8), empty(n_padded, np.int8)
+    scale = kernels.quantize_a15(isa, fenced(x), hi, lo)
+    np.testing.assert_array_equal(hi[x.size :], 0)
+    np.testing.assert_array_equal(lo[x.size :], 0)
+    return hi[: x.size], lo[: x.size], np.float32(scale)
+
+
+@pytest.mark.parametrize("name", quant.ACTIVATION_QUANTIZERS)
+@pytest.mark.parametrize("n", SIZES)
+def test_quantizers_equal_their_definition(isa, name, n, rng):
+    for x in activations(rng, n):
+        codes, scale = quantize(isa, name, x, n + 16 - n % 16)
+        expected, expected_scale = quant.ACTIVATION_QUANTIZERS[name](x)
+        np.testing.assert_array_equal(codes, expected)
+        assert scale == expected_scale[0]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_quantize_a15_equals_its_definition(isa, n, rng):
+    for x in activations(rng, n):
+        hi, lo, scale = quantize_a15(isa, x, n + 16 - n % 16)
+        expected, expected_scale = quant.quantize_a15(x)
+        np.testing.assert_array_equal(hi.astype(np.int32) * 128 + lo, expected)
+        assert lo.min() >= -64 and lo.max() <= 63 and abs(hi.astype(int)).max() <= 127
+        assert scale == expected_scale[0]
+
+
+@pytest.mark.parametrize("special", SPECIALS)
+def test_quantizers_agree_on_special_values(isa, special, rng):
+    x = floats(rng, 37)
+    x[11] = special
+    for name in quant.ACTIVATION_QUANTIZERS:
+        codes, scale = quantize(isa, name, x, 48)
+        expected, expected_scale = quantize("scalar", name, x, 48)
+        np.testing.assert_array_equal(codes, expected)
+        assert_same_bits(scale[None], expected_scale[None])
+        assert np.isnan(scale) == np.isnan(special)
+    hi, lo, scale = quantize_a15(isa, x, 48)
+    expected_hi, expected_lo, expected_scale = quantize_a15("scalar", x, 48)
+    np.testing.assert_array_equal(hi, expected_hi)
+    np.testing.assert_array_equal(lo, expected_lo)
+    assert_same_bits(scale[None], expected_scale[None])
+
+
+# ---- Elementwise and norm ----
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_rms_norm(isa, n, rng):
+    gain = floats(rng, n)
+    for x in activations(rng, n)[:-1]:
+        y = empty(n, np.float32)
+        kernels.rms_norm(isa, fenced(x), fenced(gain), 1e-5, y)
+        assert_same_bits(y, reference.rms_norm(x, gain, 1e-5))
+
+
+@pytest.mark.parametrize("special", SPECIALS)
+def test_rms_norm_agrees_on_special_values(isa, special, rng):
+    x, gain = floats(rng, 37), floats(rng, 37)
+    x[11] = special
+    y, expected = empty(37, np.float32), empty(37, np.float32)
+    kernels.rms_norm(isa, fenced(x), fenced(gain), 1e-5, y)
+    kernels.rms_norm("scalar", fenced(x), fenced(gain), 1e-5, expected)
+    assert_same_bits(y, expected)
+
+
+@pytest.mark.parametrize("d_head", HEAD_WIDTHS)
+def test_rope(isa, d_head, rng):
+    x = floats(rng, 3 * d_head).reshape(3, d_head)
+    angle = floats(rng, d_head // 2)
+    cos, sin = np.cos(angle), np.sin(angle)
+    rotated = fenced(x)
+    kernels.rope(isa, rotated, fenced(cos), fenced(sin))
+    assert_same_bits(rotated, reference.rope(x, cos, sin))
+
+
+def gate_mul(isa, name, gate, up):
+    y = empty(gate.size, np.float32)
+    getattr(kernels, name)(isa, fenced(gate), fenced(up), y)
+    return y
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_relu2_mul(isa, n, rng):
+    gate, up = with_specials(rng, n), with_specials(rng, n)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = reference.relu2_mul(gate, up)
+    assert_same_bits(gate_mul(isa, "relu2_mul", gate, up), expected)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_silu_mul(isa, n, rng):
+    gate, up = floats(rng, n) * np.float32(10), floats(rng, n)
+    y = gate_mul(isa, "silu_mul", gate, up)
+    np.testing.assert_allclose(y, reference.silu_mul(gate, up), rtol=SILU_RTOL, atol=SILU_ATOL)
+    assert_same_bits(y, gate_mul("scalar", "silu_mul", gate, up))
+
+
+def test_silu_mul_over_the_whole_range(isa):
+    """Every sign and exponent of a gate, eight mantissas of each."""
+    gate = np.arange(0, 2**32, 2**20, dtype=np.uint32).view(np.float32)
+    y = gate_mul(isa, "silu_mul", gate, np.ones_like(gate))
+    assert_same_bits(y, gate_mul("scalar", "silu_mul", gate, np.ones_like(gate)))
+    tame = abs(gate) <= 1000
+    ones = np.ones(tame.sum(), np.float32)
+    np.testing.assert_allclose(y[tame], reference.silu_mul(gate[tame], ones), rtol=SILU_RTOL, atol=SILU_ATOL)
+    assert np.isnan(y[np.isnan(gate)]).all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_add(isa, n, rng):
+    x, y = with_specials(rng, n), with_specials(rng, n)
+    total = fenced(x)
+    kernels.add(isa, fenced(y), total)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert_same_bits(total, x + y)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_to_bf16(isa, n, rng):
+    bits = rng.integers(0, 2**32, n, np.uint32)
+    bits[::3] = bits[::3] & 0xFFFF0000 | 0x8000
+    x = np.where(np.isnan(bits.view(np.float32)), np.float32(0), bits.view(np.float32))
+    y = empty(n, np.uint16)
+    kernels.to_bf16(isa, fenced(x), y)
+    np.testing.assert_array_equal(y, reference.to_bf16(x))
+
+
+def test_to_bf16_keeps_nan_and_infinity(isa):
+    bits = np.array(
+        [0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF], np.uint32
+    )
+    y = empty(bits.size, np.uint16)
+    kernels.to_bf16(isa, fenced(bits.view(np.float32)), y)
+    expected = np.array([0x7FC0, 0xFFC0, 0x7FFF, 0xFFFF, 0x7F80, 0xFF80, 0x7F80], np.uint16)
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("name", ["silu_mul", "relu2_mul"])
+def test_outputs_may_be_inputs(isa, name, rng):
+    gate, up = floats(rng, 1000), floats(rng, 1000)
+    expected = gate_mul(isa, name, gate, up)
+    for place in (0, 1):
+        pair = [fenced(gate), fenced(up)]
+        getattr(kernels, name)(isa, *pair, pair[place])
+        assert_same_bits(pair[place], expected)
+
+
+# ---- Attention ----
+
+
+def cache(rng, n_keys, d):
+    """Blocks of keys and values, bfloat16; NaN where no key is."""
+    n_blocks = -(-n_keys // reference.BLOCK_TOKENS)
+    rows = np.full((2, n_blocks * reference.BLOCK_TOKENS, d), 0x7FC0, np.uint16)
+    rows[:, :n_keys] = reference.to_bf16(floats(rng, 2 * n_keys * d)).reshape(2, n_keys, d)
+    return rows
+
+
+def attend(isa, q, rows, n_keys, inv_sqrt_d):
+    k, v = (
+        [fenced(block) for block in side.reshape(-1, reference.BLOCK_TOKENS, q.shape[1])] for side in rows
+    )
+    out = empty(q.shape, np.float32)
+    kernels.attend(isa, fenced(q), inv_sqrt_d, k, v, n_keys, out)
+    return out
+
+
+@pytest.mark.parametrize("d", HEAD_WIDTHS)
+@pytest.mark.parametrize("n_keys", KEY_COUNTS)
+def test_attend(isa, d, n_keys, rng):
+    rows = cache(rng, n_keys, d)
+    inv_sqrt_d = float(np.float32(1) / np.sqrt(np.float32(d)))
+    for heads in (1, 2, 3, 4, 5):
+        q = floats(rng, heads * d).reshape(heads, d)
+        out = attend(isa, q, rows, n_keys, inv_sqrt_d)
+        k, v = rows[:, :n_keys]
+        largest = abs(reference.from_bf16(v)).max()
+        np.testing.assert_allclose(
+            out / largest, reference.attend(q, k, v, inv_sqrt_d) / largest, atol=ATTEND_ATOL
+        )
+        assert_same_bits(out, attend("scalar", q, rows, n_keys, inv_sqrt_d))
+        alone = attend(isa, q[-1:], rows, n_keys, inv_sqrt_d)
+        assert_same_bits(out[-1:], alone)
+
+
+@pytest.mark.parametrize("special", [0x7F80, 0xFF80, 0x7FC0, 0x7F7F, 0xFF7F, 0x0001, 0x8000])
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_attend_agrees_on_special_values(isa, side, special, rng):
+    rows = cache(rng, 130, 32)
+    rows["kv".index(side), [3, 70, 129], [0, 5, 31]] = special
+    q = floats(rng, 3 * 32).reshape(3, 32)
+    out = attend(isa, q, rows, 130, 0.25)
+    assert_same_bits(out, attend("scalar", q, rows, 130, 0.25))
+
+
+def test_attend_skips_no_block_of_equal_scores(isa):
+    """Zero queries weigh all keys alike: the mean of the values, exactly."""
+    values = np.tile(np.array([1.0, 3.0], np.float32), 64).repeat(16).reshape(128, 16)
+    rows = np.stack(
+        [np.full((128, 16), 0x3F80, np.uint16), reference.to_bf16(values.ravel()).reshape(128, 16)]
+    )
+    out = attend(isa, np.zeros((2, 16), np.float32), rows, 128, 0.25)
+    np.testing.assert_array_equal(out, np.full((2, 16), 2.0, np.float32))
+
+
+# ---- Borders ----
+
+
+def test_wrong_sizes_are_refused(isa):
+    f = np.zeros(16, np.float32)
+    i = np.zeros(16, np.int32)
+    tile, x = np.zeros((4, 64), np.uint8), np.zeros((1, 16), np.int8)
+    block = np.zeros((64, 16), np.uint16)
+    calls = [
+        lambda: kernels.dot_tile(isa, "t81", tile, x, i[:1], np.zeros((1, 80), np.int32)),
+        lambda: kernels.dot_tile(isa, "t80", tile[:3], x, i[:1], np.zeros((1, 80), np.int32)),
+        lambda: kernels.dot_tile(isa, "t80", tile, x[:, :12], i[:1], np.zeros((1, 80), np.int32)),
+        lambda: kernels.dot_tile(isa, "t80", tile, x, i[:2], np.zeros((1, 80), np.int32)),
+        lambda: kernels.dot_tile(isa, "t80", tile, x, i[:1], np.zeros((1, 64), np.int32)),
+        lambda: kernels.scale_sums(isa, i, f[:15], 1, False, f),
+        lambda: kernels.scale_sums(isa, i, f, -1, False, f),
+        lambda: kernels.scale_sums15(isa, i, i[:3], f, 1.0, f),
+        lambda: kernels.quantize_a8(isa, f, np.zeros(15, np.int8)),
+        lambda: kernels.sum_codes(isa, np.zeros(15, np.int8)),
+        lambda: kernels.rms_norm(isa, f, f[:3], 1e-5, f),
+        lambda: kernels.rope(isa, np.zeros((1, 16), np.float32), f, f),
+        lambda: kernels.silu_mul(isa, f, f[:8], f),
+        lambda: kernels.add(isa, f, f[:8]),
+        lambda: kernels.to_bf16(isa, f, np.zeros(8, np.uint16)),
+        lambda: kernels.attend(isa, f[None], 1.0, [block], [block], 65, np.zeros((1, 16), np.float32)),
+        lambda: kernels.attend(isa, f[None], 1.0, [block], [], 1, np.zeros((1, 16), np.float32)),
+        lambda: kernels.attend(isa, f[None], 1.0, [block[:5]], [block], 1, np.zeros((1, 16), np.float32)),
+        lambda: kernels.scale(isa, 1.0, f[:0]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError):
+            call()
