@@ -421,7 +421,9 @@ NB_MODULE(_core, m) {
                            {low(key), low(key >> 32)});
         return nb::make_tuple(words[0], words[1], words[2], words[3]);
       },
-      "counter_low"_a, "counter_high"_a, "key"_a, "Four random words of Philox 4x32-10.");
+      "counter_low"_a, "counter_high"_a, "key"_a,
+      nb::sig("def philox(counter_low: int, counter_high: int, key: int) -> tuple[int, int, int, int]"),
+      "Four random words of Philox 4x32-10.");
 
   nb::class_<PackedArrays>(m, "PackedMatrix", "A packed matrix that borrows its arrays.")
       .def(

@@ -1,22 +1,22 @@
-"""Types of the compiled core; documented in core/bindings/python.cpp."""
+"""The compiled core of onebit. Only onebit.engine.model imports it."""
 
 from types import ModuleType
 
-import numpy as np
-import numpy.typing as npt
-
-from onebit.config import ModelConfig
+import numpy
+import numpy.typing
 
 BLOCK_TOKENS: int
 kernels: ModuleType
 
-def available_isas() -> list[str]: ...
-def sincos(x: float) -> tuple[float, float]: ...
-def exp_negative(x: float) -> float: ...
-def philox(counter_low: int, counter_high: int, key: int) -> tuple[int, int, int, int]: ...
+def available_isas() -> list[str]:
+    """Names of the instruction sets that this build and this CPU run, best first."""
+
+def sincos(x: float) -> tuple[float, float]:
+    """The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24."""
+
 def sample(
-    logits: npt.NDArray[np.float32],
-    history: npt.NDArray[np.int32],
+    logits: numpy.typing.NDArray[numpy.float32],
+    history: numpy.typing.NDArray[numpy.int32],
     temperature: float,
     top_k: int,
     top_p: float,
@@ -24,44 +24,70 @@ def sample(
     repetition_penalty: float,
     seed: int,
     counter: int,
-) -> int: ...
+) -> int:
+    """Draw a token id from logits [V]; history holds the ids of prompt and output."""
+
+def exp_negative(x: float) -> float:
+    """The float64 exponential behind the sampler, for x <= 0."""
+
+def philox(counter_low: int, counter_high: int, key: int) -> tuple[int, int, int, int]:
+    """Four random words of Philox 4x32-10."""
 
 class PackedMatrix:
+    """A packed matrix that borrows its arrays."""
+
     def __init__(
         self,
         encoding: str,
         n: int,
         k: int,
-        data: npt.NDArray[np.uint8],
-        scale: npt.NDArray[np.float32],
-    ) -> None: ...
+        data: numpy.typing.NDArray[numpy.uint8],
+        scale: numpy.typing.NDArray[numpy.float32],
+    ) -> None:
+        """data: uint8 [tiles, k_padded / 4, 64]; scale: float32 [1], [n] or [n, groups]."""
 
 class KvCache:
+    """Keys and values as bfloat16, in blocks of BLOCK_TOKENS positions."""
+
     @property
-    def n_blocks(self) -> int: ...
+    def n_blocks(self) -> int:
+        """Blocks in the cache."""
+
     @property
-    def bytes(self) -> int: ...
+    def bytes(self) -> int:
+        """Memory of all blocks."""
 
 class Model:
+    """A transformer that borrows its weights."""
+
     def __init__(
         self,
-        config: ModelConfig,
-        tensors: dict[str, PackedMatrix | npt.NDArray[np.float32]],
-        inv_freq: npt.NDArray[np.float32],
+        config: object,
+        tensors: dict[str, PackedMatrix | numpy.typing.NDArray[numpy.float32]],
+        inv_freq: numpy.typing.NDArray[numpy.float32],
         isa: str,
         threads: int,
-    ) -> None: ...
-    def new_cache(self, n_blocks: int) -> KvCache: ...
+    ) -> None:
+        """config: an onebit.config.ModelConfig; tensors by canonical name; inv_freq: float32 [d_head / 2]."""
+
+    def new_cache(self, n_blocks: int) -> KvCache:
+        """A cache of n_blocks blocks for this model, all zeros."""
+
     def forward(
         self,
-        tokens: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        seq_starts: npt.NDArray[np.int32],
-        block_tables: npt.NDArray[np.int32],
-        rows: npt.NDArray[np.int32],
+        tokens: numpy.typing.NDArray[numpy.int32],
+        positions: numpy.typing.NDArray[numpy.int32],
+        seq_starts: numpy.typing.NDArray[numpy.int32],
+        block_tables: numpy.typing.NDArray[numpy.int32],
+        rows: numpy.typing.NDArray[numpy.int32],
         cache: KvCache,
-    ) -> npt.NDArray[np.float32]: ...
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """Logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""
+
     @property
-    def isa(self) -> str: ...
+    def isa(self) -> str:
+        """Instruction set of the kernels."""
+
     @property
-    def threads(self) -> int: ...
+    def threads(self) -> int:
+        """Threads in the pool."""

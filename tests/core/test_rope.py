@@ -11,7 +11,9 @@ def test_sine_and_cosine_equal_numpy():
     positions = np.concatenate([np.arange(600), rng.integers(0, 2**24, 400)]).astype(np.float64)
     inv_freq = np.float32(10000.0) ** -rng.random(len(positions), np.float32)
     # Multiples of pi / 2 are where a reduction loses digits.
-    x = np.concatenate([positions, positions * inv_freq.astype(np.float64), np.arange(1, 2**20, 997) * (np.pi / 2)])
+    x = np.concatenate(
+        [positions, positions * inv_freq.astype(np.float64), np.arange(1, 2**20, 997) * (np.pi / 2)]
+    )
     ours = np.array([_core.sincos(value) for value in x])
     assert abs(ours - np.stack([np.sin(x), np.cos(x)], axis=1)).max() < 1e-15
 

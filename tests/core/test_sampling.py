@@ -85,7 +85,8 @@ def test_draws_equal_plain_numpy(seed, data):
 
 
 @pytest.mark.parametrize(
-    "filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0, "top_k": 9, "top_p": 0.9}]
+    "filters",
+    [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0, "top_k": 9, "top_p": 0.9}],
 )
 def test_draws_follow_the_distribution(filters):
     logits = np.array([0.3, 2.0, -1.0, 1.5, 1.5, 0.0, -2.0, 0.9, 1.1, -0.2, 0.4, 0.8])

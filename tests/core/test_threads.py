@@ -91,5 +91,7 @@ def test_an_interpreter_with_a_live_model_ends():
         "from onebit.engine.model import Model\n"
         "models = [Model(quantize(tiny.master()), threads=3) for _ in range(3)]\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(tiny.__file__)], timeout=60, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(tiny.__file__)], timeout=60, capture_output=True
+    )
     assert (done.returncode, done.stderr) == (0, b"")

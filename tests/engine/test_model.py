@@ -1,6 +1,5 @@
 """Invariant: logits are the same bits however they are computed. Oracle: a forward pass in plain numpy."""
 
-
 import numpy as np
 import pytest
 
@@ -22,7 +21,14 @@ CONFIGS = {
     "ternary-r64": (tiny.config(), "r64"),
     "rows-silu-untied": (
         tiny.config(
-            d_model=72, n_heads=6, d_head=18, d_ff=100, scale="row", activation="silu", sub_norm=False, tied_head=False
+            d_model=72,
+            n_heads=6,
+            d_head=18,
+            d_ff=100,
+            scale="row",
+            activation="silu",
+            sub_norm=False,
+            tied_head=False,
         ),
         "t80",
     ),
@@ -35,8 +41,8 @@ CONFIGS = {
 # Longer than two blocks, so that attention merges splits, and not a whole number of them.
 N_TOKENS = 2 * BLOCK_TOKENS + 9
 
-# Largest difference of a token's logits from the reference, in units of the largest logit: rounding alone for most, more
-# where rounding moves an activation across the middle between two codes and that code changes by one.
+# Largest difference of a token's logits from the reference, in units of the largest logit: rounding alone for
+# most, more where rounding moves an activation across the middle between two codes, and one code changes.
 MEDIAN_TOLERANCE = 1e-6
 CODE_TOLERANCE = 1e-2
 
@@ -201,8 +207,14 @@ def ints(*values) -> np.ndarray:
         ({"seq_starts": ints(0)}, "seq_starts: expected one more value"),
         ({"seq_starts": ints(0, 2)}, "seq_starts: expected to begin with 0 and end with"),
         ({"seq_starts": ints(1, 3)}, "seq_starts: expected to begin with 0 and end with"),
-        ({"seq_starts": ints(0, 4, 3), "block_tables": ints(0, 0).reshape(2, 1)}, "seq_starts: expected ascending"),
-        ({"seq_starts": ints(0, -1, 3), "block_tables": ints(0, 0).reshape(2, 1)}, "seq_starts: expected ascending"),
+        (
+            {"seq_starts": ints(0, 4, 3), "block_tables": ints(0, 0).reshape(2, 1)},
+            "seq_starts: expected ascending",
+        ),
+        (
+            {"seq_starts": ints(0, -1, 3), "block_tables": ints(0, 0).reshape(2, 1)},
+            "seq_starts: expected ascending",
+        ),
         ({"block_tables": ints(0)}, "block_tables: expected a contiguous int32 array of 2 dim"),
         ({"block_tables": ints(1).reshape(1, 1)}, r"block_tables\[0, 0\] is 1; expected 0 to 0"),
         ({"block_tables": ints(-1).reshape(1, 1)}, r"block_tables\[0, 0\] is -1"),
