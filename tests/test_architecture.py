@@ -4,7 +4,6 @@ LAYERS is the layer table of docs/architecture.md: arrows point down, and siblin
 """
 
 import ast
-import importlib
 import os
 import re
 import shutil
@@ -131,21 +130,6 @@ def test_imports_point_down(module):
 def test_only_the_engine_model_imports_the_core():
     users = {module for module in modules() if any(target(n) == "onebit._core" for n in imports(module)[0])}
     assert users == {"onebit.engine.model"}
-
-
-def test_stub_of_the_core_is_true():
-    core = importlib.import_module("onebit._core")
-
-    def public(names) -> set[str]:
-        return {name for name in names if not name.startswith("_")}
-
-    stub = ast.parse((SRC / "onebit" / "_core.pyi").read_text("utf-8"))
-    variables = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
-    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
-    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
-    assert public(vars(core)) == variables | functions | set(classes)
-    for name, node in classes.items():
-        assert public(vars(getattr(core, name))) == public(member.name for member in node.body)
 
 
 def test_no_cycles_between_files():
