@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
 from onebit.nn.bitlinear import bit_linear, int8_rows, int15_activations
 
@@ -102,6 +103,20 @@ class Transformer(nn.Module):
                 deep = name.endswith((".o.weight", ".down.weight"))
                 deviation = 0.02 / (2 * config.n_layers) ** 0.5 if deep else 0.02
                 nn.init.normal_(parameter, std=deviation, generator=generator)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "Transformer":
+        """A model with the weights of a float32 master.
+
+        Raises:
+            ValueError: a packed checkpoint: rounding its weights again would not give its codes and scales.
+        """
+        if checkpoint.is_packed:
+            raise ValueError("this model is packed; training and evaluation need its float32 master")
+        model = cls(checkpoint.config)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(torch.tensor(checkpoint.tensors[name]))
+        return model
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits of every position.

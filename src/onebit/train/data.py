@@ -10,6 +10,7 @@ import hashlib
 import json
 import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -54,7 +55,7 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
             "path/archive.tar.xz/member".
 
     Raises:
-        ValueError: a file that is not UTF-8 text, or JSON lines without a "text".
+        ValueError: a damaged archive, a file that is not UTF-8 text, or JSON lines without a "text".
         FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
@@ -63,9 +64,12 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
         )
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        for member, raw in _open_members(path, name):
-            if any(fnmatch(member, pattern) for pattern in include):
-                yield from _split_documents(member, raw)
+        try:
+            for member, raw in _open_members(path, name):
+                if any(fnmatch(member, pattern) for pattern in include):
+                    yield from _split_documents(member, raw)
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{name}: cannot be unpacked ({error}); the file is damaged") from None
 
 
 def _open_members(path: Path, name: str) -> Iterator[tuple[str, IO[bytes]]]:

@@ -1,0 +1,73 @@
+"""Exact and invariant: the quantised layer against its definition written with torch's own operations."""
+
+import pytest
+import torch
+
+from onebit.nn.bitlinear import bit_linear, int8_rows, int15_activations
+from onebit.quant import ACTIVATION_QUANTIZERS, dequantize, quantize_weights
+
+CASES = [
+    (scheme, activations, granularity)
+    for scheme in ("b1.58", "b1")
+    for activations in ("a8", "a4", "a1")
+    for granularity in ("tensor", "row", 16)
+]
+
+
+def naive(x, w, scheme, activations, granularity):
+    """The estimator as papers write it: x + (quantised(x) - x).detach()."""
+    w_hat = dequantize(*quantize_weights(w.detach(), scheme, granularity))
+    codes, scale = ACTIVATION_QUANTIZERS[activations](x.detach())
+    w_hat = w + (w_hat - w).detach()
+    x_hat = x + (codes * scale - x).detach()
+    return x_hat @ w_hat.T
+
+
+@pytest.mark.parametrize(("scheme", "activations", "granularity"), CASES)
+def test_outputs_and_gradients_equal_the_papers_estimator(scheme, activations, granularity):
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 48, requires_grad=True)
+    ws = [torch.randn(n, 48, requires_grad=True) for n in (7, 32)]
+    weight = torch.randn(3, 5, 39)
+
+    ys = bit_linear(x, tuple(ws), scheme, activations, granularity)
+    grads = torch.autograd.grad((torch.cat(ys, -1) * weight).sum(), [x, *ws])
+    expected = torch.cat([naive(x, w, scheme, activations, granularity) for w in ws], -1)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), [x, *ws])
+
+    assert [y.shape for y in ys] == [(3, 5, 7), (3, 5, 32)]
+    torch.testing.assert_close(torch.cat(ys, -1), expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_product_of_codes_is_exact_in_float32(granularity):
+    torch.manual_seed(2)
+    x, w = torch.randn(4, 512), torch.randn(64, 512)
+    w_codes, w_scale = quantize_weights(w, "b1.58", granularity)
+    x_codes, x_scale = ACTIVATION_QUANTIZERS["a8"](x)
+    sums = (x_codes.long() @ w_codes.long().T).float()
+    (y,) = bit_linear(x, (w,), "b1.58", "a8", granularity)
+    assert torch.equal(y, sums * w_scale * x_scale)
+
+
+def test_sharing_the_input_changes_nothing():
+    torch.manual_seed(3)
+    x = torch.randn(2, 48)
+    ws = [torch.randn(n, 48) for n in (16, 8)]
+    together = bit_linear(x, tuple(ws), "b1.58", "a8", "tensor")
+    alone = [bit_linear(x, (w,), "b1.58", "a8", "tensor")[0] for w in ws]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_head_quantisers_round_forward_and_pass_gradients():
+    torch.manual_seed(4)
+    for function, step in ((int8_rows, 127), (int15_activations, 16256)):
+        w = torch.randn(6, 32, requires_grad=True)
+        y = function(w)
+        largest = w.detach().abs().amax(-1, keepdim=True)
+        assert 0 < (y - w).abs().max() <= (largest / step / 2 * 1.001).max()
+        assert (y - w).abs().le(largest / step / 2 * 1.001).all()
+        (grad,) = torch.autograd.grad(y.sum(), w)
+        assert torch.equal(grad, torch.ones_like(grad))

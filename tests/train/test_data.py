@@ -1,0 +1,105 @@
+"""Exact and invariant: documents of every container, shards, token bytes, and batches as pure functions."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+
+import numpy as np
+import pytest
+import tiny
+from tokenizers import Tokenizer
+
+from onebit.train import data
+
+
+def test_documents_of_every_container_in_path_order(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|> two \n<|endoftext|>\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "source": "x"}\n')
+    (tmp_path / "c.md.gz").write_bytes(gzip.compress(b"five"))
+    (tmp_path / "d.txt.xz").write_bytes(lzma.compress(b"six"))
+    (tmp_path / "e.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "seven"}'))
+    with tarfile.open(tmp_path / "f.tar.xz", "w:xz") as archive:
+        for name, content in (("x/2.txt", b"nine"), ("x/1.md", b"eight"), ("x/3.bin", b"\xff\xfe")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    assert list(data.read_documents(tmp_path, ("*",))) == "one two three four five six seven eight nine".split()
+    assert list(data.read_documents(tmp_path, ("*.jsonl", "*/x/2.txt"))) == ["three", "four", "seven", "nine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
+        ("a.jsonl", b'{"text": 1}', "a.jsonl, line 1: expected"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', "a.jsonl, line 2: expected"),
+        ("a.jsonl", b"[]", "a.jsonl, line 1: expected"),
+        ("a.jsonl", b"{", "a.jsonl, line 1: expected"),
+        ("a.txt.xz", b"not xz", "a.txt.xz"),
+        ("a.tar.gz", b"not tar", "a.tar.gz"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(data.read_documents(tmp_path, ("*",)))
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        list(data.read_documents(tmp_path / "nowhere", ("*",)))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="no text found"):
+        data.prepare(tmp_path / "data", tmp_path / "out", ("*",), 300, 0.1, 8)
+    assert not (tmp_path / "out").exists()
+
+
+def stories(folder, n=60):
+    folder.mkdir()
+    lines = [json.dumps({"text": f"{tiny.TEXT[: 40 + i]} caf\u00e9 {i}"}) for i in range(n)]
+    (folder / "stories.jsonl").write_text("\n".join(lines + lines[:5]))
+    return folder
+
+
+def test_shards_hold_each_document_once_and_parts_are_disjoint(tmp_path):
+    corpus = data.prepare(stories(tmp_path / "data"), tmp_path / "out", ("*",), 300, 0.3, 16)
+    tokenizer = Tokenizer.from_buffer(corpus.tokenizer)
+    parts = []
+    for tokens in (corpus.train, corpus.held_out):
+        assert tokens[-1] == corpus.end_token
+        texts = tokenizer.decode(tokens.tolist(), skip_special_tokens=False).split(data.END_OF_TEXT)
+        parts.append({text for text in texts if text})
+    assert len(parts[0] | parts[1]) == 60 and not parts[0] & parts[1] and len(parts[1]) > 5
+    for tokens, texts in zip((corpus.train, corpus.held_out), parts, strict=True):
+        assert corpus.token_bytes[tokens].sum() == sum(len(text.encode()) for text in texts)
+
+
+def test_finished_shards_are_reused_without_the_text(tmp_path):
+    folder = stories(tmp_path / "data")
+    first = data.prepare(folder, tmp_path / "out", ("*",), 300, 0.3, 16)
+    (folder / "stories.jsonl").unlink()
+    again = data.prepare(folder, tmp_path / "out", ("*",), 300, 0.3, 16)
+    assert again.sha256 == first.sha256 and np.array_equal(again.train, first.train)
+
+
+def test_too_little_text_is_refused(tmp_path):
+    folder = stories(tmp_path / "data")
+    with pytest.raises(ValueError, match="tokens, not 4096"):
+        data.prepare(folder, tmp_path / "a", ("*",), 4096, 0.3, 16)
+    with pytest.raises(ValueError, match="fewer than one sequence of 100000"):
+        data.prepare(folder, tmp_path / "b", ("*",), 300, 0.3, 100000)
+
+
+def test_batches_depend_on_seed_and_step_alone_and_cover_an_epoch():
+    tokens = np.arange(1003, dtype=np.uint16)
+    rows = [row for step in range(10) for row in data.batch(tokens, step, 10, 10, seed=3)]
+    starts = sorted(int(row[0]) for row in rows)
+    assert len(set(starts)) == 100 and {b - a for a, b in zip(starts, starts[1:], strict=False)} == {10}
+    assert all(np.array_equal(row, np.arange(row[0], row[0] + 11)) for row in rows)
+    assert np.array_equal(data.batch(tokens, 4, 10, 10, 3), data.batch(tokens, 4, 10, 10, 3))
+    assert not np.array_equal(data.batch(tokens, 4, 10, 10, 3), data.batch(tokens, 4, 10, 10, 4))
+    assert not np.array_equal(data.batch(tokens, 4, 10, 10, 3), data.batch(tokens, 14, 10, 10, 3))

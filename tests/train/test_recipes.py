@@ -1,0 +1,70 @@
+"""Invariants of recipes and exact behaviour of overrides; every recipe trains for two steps."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from onebit.train import RECIPES, build, train
+
+
+def test_overrides_reach_every_kind_of_field():
+    recipe = build(
+        "stories",
+        [
+            "steps=7",
+            "optim.lr=1e-3",
+            "model.sub_norm=false",
+            "model.scale=row",
+            "data.include=*.txt,*.md",
+            "precision=f32",
+        ],
+    )
+    assert (recipe.steps, recipe.optim.lr, recipe.model.sub_norm) == (7, 1e-3, False)
+    assert recipe.model.scale == "row"
+    assert recipe.data.include == ("*.txt", "*.md")
+    assert recipe.precision == "f32"
+    assert build("stories", ["model.scale=64"]).model.scale == 64
+    assert build("stories", ["model.bos_token=none"]).model.bos_token is None
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("storys", [], "unknown recipe 'storys'; did you mean 'stories'"),
+        ("stories", ["stepz=3"], "did you mean 'steps'"),
+        ("stories", ["optim.lrr=3"], "did you mean 'lr'"),
+        ("stories", ["steps"], "expected a.b=c"),
+        ("stories", ["steps=many"], "'many' does not fit; expected a whole number"),
+        ("stories", ["steps=0"], "expected at least 1"),
+        ("stories", ["optim.lr=fast"], "expected a number"),
+        ("stories", ["compile=maybe"], "expected true or false"),
+        ("stories", ["precision=f64"], "expected bf16 or f32"),
+        ("stories", ["optim=3"], "expected one of its fields"),
+        ("stories", ["steps.x=3"], "single value"),
+        ("stories", ["model.n_heads=5"], "n_kv_heads 2 does not divide n_heads 5"),
+        ("stories", ["accumulate=3"], "does not divide batch_size"),
+        ("stories", ["data.seq_len=513"], "exceeds model.max_seq_len"),
+    ],
+)
+def test_bad_names_and_values_are_refused_with_the_near_miss(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, overrides)
+
+
+def test_twin_differs_in_its_weights_alone():
+    recipe, twin = build("stories"), build("stories-dense")
+    assert replace(twin, name="stories", model=recipe.model) == recipe
+    assert replace(twin.model, weights="b1.58", activations="a8") == recipe.model
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_for_two_steps(name, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
+    small = ["data.include=*", "data.vocab_size=300", "data.held_out=0.2", "data.seq_len=32", "steps=2"]
+    recipe = build(name, [*small, "compile=false", "evaluate_sequences=1"])
+    train(recipe, tmp_path / "texts", tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
