@@ -5,7 +5,7 @@ PROMPT ?= Once upon a time
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 SANITIZE := build/sanitize
 
 # The package is installed in place: a changed .py file is live at once, these need a new build.
@@ -77,7 +77,7 @@ $(VENV)/.dev: $(NATIVE) | $(VENV)/.toolchain
 $(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchain
 	@echo "onebit: building with sanitizers" >&2
 	@test -x $(SANITIZE)/venv/bin/python || $(PYTHON) -m venv $(SANITIZE)/venv
-	@$(SANITIZE)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	@$(SANITIZE)/venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
 	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.define.ONEBIT_SANITIZE=ON \
 	  . pytest hypothesis safetensors cmake
 	@touch $@
