@@ -12,7 +12,9 @@
 #include <limits>
 #include <memory>
 #include <span>
+#include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -38,10 +40,17 @@ constexpr const char* kEncodingNames[onebit::kEncodings] = {"t80", "r64", "b128"
 constexpr std::int64_t kMaxInputs = 1 << 17;
 constexpr int kMaxThreads = 1024;
 
-[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw nb::value_error(message.str().c_str());
+}
 
-void require(bool condition, const std::string& message) {
-  if (!condition) fail(message);
+// Raises ValueError with the parts of a message, which cost nothing while the condition holds.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
 }
 
 // A contiguous array of T with the shape it came with.
@@ -55,22 +64,29 @@ struct Array {
 };
 
 template <class T>
-Array<T> array(nb::handle value, const std::string& name, int ndim) {
-  const std::string type = nb::dtype<T>() == nb::dtype<float>()          ? "float32"
-                           : nb::dtype<T>() == nb::dtype<std::int32_t>() ? "int32"
-                                                                         : "uint8";
-  const std::string expected =
-      name + ": expected a contiguous " + type + " array" + (ndim ? " of " + std::to_string(ndim) + " dimensions" : "");
+constexpr const char* kTypeName = nullptr;
+template <>
+constexpr const char* kTypeName<float> = "float32";
+template <>
+constexpr const char* kTypeName<std::int32_t> = "int32";
+template <>
+constexpr const char* kTypeName<std::uint8_t> = "uint8";
+
+// Of any rank where ndim is 0.
+template <class T>
+Array<T> array(nb::handle value, std::string_view name, std::size_t ndim) {
   nb::ndarray<nb::ro, nb::device::cpu> a;
-  require(nb::ndarray_check(value) && nb::try_cast(value, a), expected);
-  require(a.dtype() == nb::dtype<T>() && (ndim == 0 || a.ndim() == static_cast<std::size_t>(ndim)), expected);
+  bool fits = nb::ndarray_check(value) && nb::try_cast(value, a) && a.dtype() == nb::dtype<T>();
+  fits = fits && (ndim == 0 || a.ndim() == ndim);
   std::int64_t stride = 1;
-  for (std::size_t axis = a.ndim(); axis-- > 0;) {
-    require(a.shape(axis) == 1 || a.size() == 0 || a.stride(axis) == stride, expected);
+  for (std::size_t axis = fits ? a.ndim() : 0; axis-- > 0;) {
+    fits = fits && (a.shape(axis) == 1 || a.size() == 0 || a.stride(axis) == stride);
     stride *= static_cast<std::int64_t>(a.shape(axis));
   }
+  if (!fits && ndim != 0) fail(name, ": expected a contiguous ", kTypeName<T>, " array of ", ndim, " dimensions");
+  require(fits, name, ": expected a contiguous ", kTypeName<T>, " array");
   const T* data = static_cast<const T*>(a.data());
-  require(reinterpret_cast<std::uintptr_t>(data) % alignof(T) == 0, name + ": the array is not aligned");
+  require(reinterpret_cast<std::uintptr_t>(data) % alignof(T) == 0, name, ": the array is not aligned");
   return {std::move(a), data};
 }
 
@@ -91,30 +107,27 @@ PackedArrays make_packed(const std::string& encoding, std::int64_t n, std::int64
                          nb::handle scale) {
   int index = 0;
   while (index < onebit::kEncodings && encoding != kEncodingNames[index]) ++index;
-  require(index < onebit::kEncodings, "encoding " + encoding + ": expected t80, r64, b128, q8 or q4");
-  require(n >= 1 && k >= 1 && n < (1 << 30) && k <= kMaxInputs, "packed matrix " + shape_text({n, k}) +
-                                                                    ": expected at most 2^30 rows of at most " +
-                                                                    std::to_string(kMaxInputs) + " inputs");
+  require(index < onebit::kEncodings, "encoding ", encoding, ": expected t80, r64, b128, q8 or q4");
+  require(n >= 1 && k >= 1 && n < (1 << 30) && k <= kMaxInputs, "packed matrix ", shape_text({n, k}),
+          ": expected at most 2^30 rows of at most ", kMaxInputs, " inputs");
   const auto kind = static_cast<onebit::Encoding>(index);
   const int rows = onebit::tile_rows(kind);
   const std::int64_t tiles = (n + rows - 1) / rows;
   const std::int64_t units = onebit::pad_inputs(static_cast<int>(k)) / 4;
   auto units_u8 = array<std::uint8_t>(data, "packed data", 3);
-  require(units_u8.size(0) == tiles && units_u8.size(1) == units && units_u8.size(2) == 64,
-          "packed data: expected " + shape_text({tiles, units, 64}) + " for " + encoding + " " + shape_text({n, k}) +
-              ", not " + shape_text({units_u8.size(0), units_u8.size(1), units_u8.size(2)}));
+  require(units_u8.size(0) == tiles && units_u8.size(1) == units && units_u8.size(2) == 64, "packed data: expected ",
+          shape_text({tiles, units, 64}), " for ", encoding, " ", shape_text({n, k}), ", not ",
+          shape_text({units_u8.size(0), units_u8.size(1), units_u8.size(2)}));
 
   auto scale_f32 = array<float>(scale, "scale", 0);
   const int ndim = scale_f32.ndim();
   const bool per_tensor = ndim == 1 && scale_f32.size(0) == 1;
   const bool per_row = ndim == 1 && scale_f32.size(0) == n;
   const bool per_group = ndim == 2 && scale_f32.size(0) == n && scale_f32.size(1) >= 1 && k % scale_f32.size(1) == 0;
-  require(per_tensor || per_row || per_group, "scale: expected [1], [" + std::to_string(n) + "] or [" +
-                                                  std::to_string(n) + ", groups], where groups divides " +
-                                                  std::to_string(k));
+  require(per_tensor || per_row || per_group, "scale: expected [1], [", n, "] or [", n,
+          ", groups], where groups divides ", k);
   const int group = per_group && scale_f32.size(1) > 1 ? static_cast<int>(k / scale_f32.size(1)) : 0;
-  require(group % onebit::kInputAlign == 0,
-          "scale: a group of " + std::to_string(group) + " inputs is no multiple of 16");
+  require(group % onebit::kInputAlign == 0, "scale: a group of ", group, " inputs is no multiple of 16");
   const PackedMatrix matrix{
       kind, static_cast<int>(n), static_cast<int>(k), units_u8.data, scale_f32.data, per_row || per_group, group};
   return {matrix, std::move(units_u8.owner), std::move(scale_f32.owner)};
@@ -127,24 +140,23 @@ class Tensors {
 
   const float* gain(const std::string& name, int n) {
     auto values = array<float>(find(name), name, 1);
-    require(values.size(0) == n,
-            name + ": expected " + std::to_string(n) + " values, not " + std::to_string(values.size(0)));
+    require(values.size(0) == n, name, ": expected ", n, " values, not ", values.size(0));
     owners_.push_back(std::move(values.owner));
     return values.data;
   }
 
   PackedMatrix matrix(const std::string& name, std::int64_t n, std::int64_t k, bool is_linear) {
     const nb::handle value = find(name);
-    require(nb::isinstance<PackedArrays>(value), name + ": expected a PackedMatrix");
+    require(nb::isinstance<PackedArrays>(value), name, ": expected a PackedMatrix");
     const auto& packed = nb::cast<const PackedArrays&>(value);
     const PackedMatrix& matrix = packed.matrix;
-    require(matrix.n == n && matrix.k == k,
-            name + ": expected shape " + shape_text({n, k}) + ", not " + shape_text({matrix.n, matrix.k}));
+    require(matrix.n == n && matrix.k == k, name, ": expected shape ", shape_text({n, k}), ", not ",
+            shape_text({matrix.n, matrix.k}));
     const bool is_row_wise = matrix.encoding == onebit::Encoding::kQ8 || matrix.encoding == onebit::Encoding::kQ4;
     const bool is_expected = is_linear ? !is_row_wise : matrix.encoding == onebit::Encoding::kQ8;
     const std::string encoding = kEncodingNames[static_cast<int>(matrix.encoding)];
-    require(is_expected, name + ": encoding " + encoding + "; expected " + (is_linear ? "t80, r64 or b128" : "q8"));
-    require(is_linear || (matrix.scale_per_row && matrix.group == 0), name + ": expected one scale per row");
+    require(is_expected, name, ": encoding ", encoding, "; expected ", (is_linear ? "t80, r64 or b128" : "q8"));
+    require(is_linear || (matrix.scale_per_row && matrix.group == 0), name, ": expected one scale per row");
     owners_.push_back(packed.data);
     owners_.push_back(packed.scale);
     return matrix;
@@ -154,7 +166,7 @@ class Tensors {
 
  private:
   nb::handle find(const std::string& name) {
-    require(tensors_.contains(name.c_str()), name + " is missing");
+    require(tensors_.contains(name.c_str()), name, " is missing");
     return tensors_[name.c_str()];
   }
 
@@ -164,7 +176,7 @@ class Tensors {
 
 int positive(nb::handle config, const char* name) {
   const auto value = nb::cast<std::int64_t>(config.attr(name));
-  require(value > 0 && value < (1 << 24), std::string("config: ") + name + " is " + std::to_string(value));
+  require(value > 0 && value < (1 << 24), "config: ", name, " is ", value);
   return static_cast<int>(value);
 }
 
@@ -174,7 +186,7 @@ Choice choose(nb::handle config, const char* name, std::initializer_list<std::pa
   for (const auto& [text, choice] : choices) {
     if (value == text) return choice;
   }
-  fail(std::string("config: ") + name + " is " + value + ", which the core does not know");
+  fail("config: ", name, " is ", value, ", which the core does not know");
 }
 
 onebit::ModelConfig read_config(nb::handle config) {
@@ -228,7 +240,7 @@ onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_h
       layer.ffn_sub_norm = gain("ffn_sub_norm", config.d_ff);
     }
     require(layer.q.group == layer.k.group && layer.q.group == layer.v.group && layer.gate.group == layer.up.group,
-            prefix + "*: matrices that share an input must share its scale groups");
+            prefix, "*: matrices that share an input must share its scale groups");
     weights.layers.push_back(layer);
   }
   return weights;
@@ -242,9 +254,8 @@ struct OwnedModel {
 
 OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa, int threads) {
   const onebit::Kernels* kernels = onebit::find_kernels(isa.c_str());
-  require(kernels != nullptr, "isa " + isa + " is not available on this machine");
-  require(threads >= 1 && threads <= kMaxThreads,
-          "threads is " + std::to_string(threads) + "; expected 1 to " + std::to_string(kMaxThreads));
+  require(kernels != nullptr, "isa ", isa, " is not available on this machine");
+  require(threads >= 1 && threads <= kMaxThreads, "threads is ", threads, "; expected 1 to ", kMaxThreads);
   const onebit::ModelConfig values = read_config(config);
   require(values.n_heads % values.n_kv_heads == 0 && values.d_head % 2 == 0,
           "config: n_kv_heads must divide n_heads, and d_head must be even");
@@ -261,34 +272,30 @@ OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, 
 
 void check_range(const Array<std::int32_t>& values, const char* name, std::int64_t limit) {
   for (std::int64_t i = 0; i < values.size(0); ++i) {
-    require(values.data[i] >= 0 && values.data[i] < limit, std::string(name) + "[" + std::to_string(i) + "] is " +
-                                                               std::to_string(values.data[i]) + "; expected 0 to " +
-                                                               std::to_string(limit - 1));
+    require(values.data[i] >= 0 && values.data[i] < limit, name, "[", i, "] is ", values.data[i], "; expected 0 to ",
+            limit - 1);
   }
 }
 
 void check_sequences(const onebit::Batch& batch, int n_blocks) {
   require(batch.seq_starts[0] == 0 && batch.seq_starts[batch.n_seqs] == batch.n_tokens,
-          "seq_starts: expected to begin with 0 and end with the number of tokens, " + std::to_string(batch.n_tokens));
+          "seq_starts: expected to begin with 0 and end with the number of tokens, ", batch.n_tokens);
   for (int seq = 0; seq < batch.n_seqs; ++seq) {
     const int begin = batch.seq_starts[seq];
     const int end = batch.seq_starts[seq + 1];
     require(begin <= end && end <= batch.n_tokens, "seq_starts: expected ascending values");
     if (begin == end) continue;
     for (int t = begin + 1; t < end; ++t) {
-      require(batch.positions[t] == batch.positions[t - 1] + 1,
-              "positions[" + std::to_string(t) + "] does not follow the position before it in sequence " +
-                  std::to_string(seq));
+      require(batch.positions[t] == batch.positions[t - 1] + 1, "positions[", t,
+              "] does not follow the position before it in sequence ", seq);
     }
     const int n_used = batch.positions[end - 1] / onebit::kBlockTokens + 1;
-    require(n_used <= batch.table_width, "block_tables: sequence " + std::to_string(seq) + " needs " +
-                                             std::to_string(n_used) + " blocks, the table has " +
-                                             std::to_string(batch.table_width));
+    require(n_used <= batch.table_width, "block_tables: sequence ", seq, " needs ", n_used, " blocks, the table has ",
+            batch.table_width);
     for (int b = 0; b < n_used; ++b) {
       const int block = batch.block_tables[static_cast<std::size_t>(seq) * batch.table_width + b];
-      require(block >= 0 && block < n_blocks, "block_tables[" + std::to_string(seq) + ", " + std::to_string(b) +
-                                                  "] is " + std::to_string(block) + "; expected 0 to " +
-                                                  std::to_string(n_blocks - 1));
+      require(block >= 0 && block < n_blocks, "block_tables[", seq, ", ", b, "] is ", block, "; expected 0 to ",
+              n_blocks - 1);
     }
   }
 }
@@ -304,10 +311,10 @@ Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::ha
   const auto tables_SB = array<std::int32_t>(block_tables, "block_tables", 2);
   const auto rows_R = array<std::int32_t>(rows, "rows", 1);
   require(tokens_T.size(0) >= 1 && tokens_T.size(0) < (1 << 24), "tokens: expected 1 to 2^24 - 1 tokens");
-  require(positions_T.size(0) == tokens_T.size(0),
-          "positions: expected one for each of the " + std::to_string(tokens_T.size(0)) + " tokens");
+  require(positions_T.size(0) == tokens_T.size(0), "positions: expected one for each of the ", tokens_T.size(0),
+          " tokens");
   require(starts_S.size(0) >= 2 && starts_S.size(0) - 1 == tables_SB.size(0),
-          "seq_starts: expected one more value than block_tables has rows, " + std::to_string(tables_SB.size(0) + 1));
+          "seq_starts: expected one more value than block_tables has rows, ", tables_SB.size(0) + 1);
   require(tables_SB.size(1) < (1 << 24) && rows_R.size(0) < (1 << 24), "block_tables or rows: too large");
   check_range(tokens_T, "tokens", config.vocab_size);
   check_range(positions_T, "positions", config.max_seq_len);
@@ -349,8 +356,8 @@ int sample(nb::handle logits, nb::handle history, double temperature, std::int64
   bool any_finite = false;
   for (std::int64_t i = 0; i < logits_V.size(0); ++i) {
     const float logit = logits_V.data[i];
-    require(logit <= std::numeric_limits<float>::max(),
-            "logits[" + std::to_string(i) + "] is " + (std::isnan(logit) ? "NaN" : "infinite"));
+    require(logit <= std::numeric_limits<float>::max(), "logits[", i, "] is ",
+            (std::isnan(logit) ? "NaN" : "infinite"));
     any_finite |= logit >= std::numeric_limits<float>::lowest();
   }
   require(any_finite, "logits: all are -infinity");

@@ -41,15 +41,15 @@ struct Model::Workspace {
   QuantizedRows codes;
   Buffer<std::int32_t> seq_T;  // the sequence of each token
 
-  // Of each thread: two rows of the widest activation, and the blocks of one head of one sequence.
+  // Of each share of a region: two rows of the widest activation, and the blocks of one head of one sequence.
   Buffer<float> rows;
   Buffer<const std::uint16_t*> blocks;
   int row_width = 0;
   int table_width = 0;
 
-  float* row(int thread, int i) { return rows.get() + (2 * static_cast<std::size_t>(thread) + i) * row_width; }
-  const std::uint16_t** block_list(int thread, int i) {
-    return blocks.get() + (2 * static_cast<std::size_t>(thread) + i) * table_width;
+  float* row(int share, int i) { return rows.get() + (2 * static_cast<std::size_t>(share) + i) * row_width; }
+  const std::uint16_t** block_list(int share, int i) {
+    return blocks.get() + (2 * static_cast<std::size_t>(share) + i) * table_width;
   }
 };
 
@@ -123,8 +123,8 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   const int kv_width = n_kv_heads * d_head;
 
   w.codes.resize(weights.q, batch.n_tokens, 1);
-  pool_.run(batch.n_tokens, [&](int thread, int begin, int end) {
-    float* h_D = w.row(thread, 0);
+  pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
+    float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
       kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(t) * d_model, weights.attn_norm, config_.norm_eps,
                         d_model, h_D);
@@ -154,12 +154,12 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   attend(batch, cache, layer);
 
   w.codes.resize(weights.o, batch.n_tokens, 1);
-  pool_.run(batch.n_tokens, [&](int thread, int begin, int end) {
+  pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const float* a_NH = w.a_TNH.get() + static_cast<std::size_t>(t) * q_width;
       if (config_.sub_norm) {
-        kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(thread, 0));
-        a_NH = w.row(thread, 0);
+        kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(share, 0));
+        a_NH = w.row(share, 0);
       }
       w.codes.write(kernels_, quantize_, a_NH, t);
     }
@@ -176,10 +176,10 @@ void Model::attend(const Batch& batch, KvCache& cache, int layer) {
   const int n_threads = pool_.size();
   const std::int64_t n_items = static_cast<std::int64_t>(batch.n_tokens) * n_kv_heads;
   // Dealt out in turn: later tokens see more keys, so contiguous shares would be uneven.
-  pool_.run(n_threads, [&](int, int first, int) {
-    const std::uint16_t** k_blocks = w.block_list(first, 0);
-    const std::uint16_t** v_blocks = w.block_list(first, 1);
-    for (std::int64_t item = first; item < n_items; item += n_threads) {
+  pool_.run(n_threads, [&](int share, int, int) {
+    const std::uint16_t** k_blocks = w.block_list(share, 0);
+    const std::uint16_t** v_blocks = w.block_list(share, 1);
+    for (std::int64_t item = share; item < n_items; item += n_threads) {
       const std::size_t t = item / n_kv_heads;
       const int kv_head = static_cast<int>(item % n_kv_heads);
       const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
@@ -201,8 +201,8 @@ void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
   const int d_ff = config_.d_ff;
 
   w.codes.resize(layer.gate, n_tokens, 1);
-  pool_.run(n_tokens, [&](int thread, int begin, int end) {
-    float* h_D = w.row(thread, 0);
+  pool_.run(n_tokens, [&](int share, int begin, int end) {
+    float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
       kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(t) * d_model, layer.ffn_norm, config_.norm_eps, d_model,
                         h_D);
@@ -214,13 +214,13 @@ void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
 
   const auto activate = config_.activation == FfnActivation::kSilu ? kernels_.silu_mul : kernels_.relu2_mul;
   w.codes.resize(layer.down, n_tokens, 1);
-  pool_.run(n_tokens, [&](int thread, int begin, int end) {
+  pool_.run(n_tokens, [&](int share, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
-      float* f_F = w.row(thread, 0);
+      float* f_F = w.row(share, 0);
       activate(w.gate_TF.get() + t * d_ff, w.up_TF.get() + t * d_ff, d_ff, f_F);
       if (config_.sub_norm) {
-        kernels_.rms_norm(f_F, layer.ffn_sub_norm, config_.norm_eps, d_ff, w.row(thread, 1));
-        f_F = w.row(thread, 1);
+        kernels_.rms_norm(f_F, layer.ffn_sub_norm, config_.norm_eps, d_ff, w.row(share, 1));
+        f_F = w.row(share, 1);
       }
       w.codes.write(kernels_, quantize_, f_F, static_cast<int>(t));
     }
@@ -234,8 +234,8 @@ void Model::head(const Batch& batch, float* logits) {
   Workspace& w = *workspace_;
   const int d_model = config_.d_model;
   w.codes.resize(weights_.head, batch.n_rows, 2);
-  pool_.run(batch.n_rows, [&](int thread, int begin, int end) {
-    float* h_D = w.row(thread, 0);
+  pool_.run(batch.n_rows, [&](int share, int begin, int end) {
+    float* h_D = w.row(share, 0);
     for (int r = begin; r < end; ++r) {
       kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(batch.rows[r]) * d_model, weights_.norm,
                         config_.norm_eps, d_model, h_D);

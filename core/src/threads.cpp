@@ -40,22 +40,33 @@ std::int64_t current_process() {
 #endif
 }
 
-int share(int n_items, int thread, int n_threads) {
-  return static_cast<int>(static_cast<std::int64_t>(n_items) * thread / n_threads);
+int share_begin(int n_items, int share, int n_shares) {
+  return static_cast<int>(static_cast<std::int64_t>(n_items) * share / n_shares);
 }
 
 }  // namespace
 
+// A region is cut into one share per thread. A share belongs to its thread unless the caller, done with its own, finds it
+// untouched: a worker that sleeps or waits for a core then holds up nobody.
 struct ThreadPool::Shared {
-  // The caller writes the region, then advances the epoch; a null region tells the workers to end.
+  struct alignas(64) Claim {
+    std::atomic<std::uint32_t> epoch{0};  // of the last region whose share was taken
+  };
+
+  // The caller writes the region, then advances the epoch. Whoever claims a share of the epoch may read the region, which
+  // stays until every share is done.
   alignas(64) std::atomic<std::uint32_t> epoch{0};
   Region region = nullptr;
   void* body = nullptr;
   int n_items = 0;
-  alignas(64) std::atomic<int> n_running{0};
+  alignas(64) std::atomic<int> n_unfinished{0};
   alignas(64) std::atomic<int> n_sleeping{0};
+  std::atomic<bool> is_ending{false};
   std::mutex mutex;
   std::condition_variable awake;
+  std::vector<Claim> claims;
+
+  explicit Shared(int n_threads) : claims(static_cast<std::size_t>(n_threads)) {}
 
   void publish() {
     epoch.fetch_add(1, std::memory_order_seq_cst);
@@ -80,12 +91,22 @@ struct ThreadPool::Shared {
     n_sleeping.fetch_sub(1, std::memory_order_relaxed);
   }
 
-  void work(int thread, int n_threads) {
-    for (std::uint32_t seen = 0;; ++seen) {
+  // Runs a share of the region of this epoch, unless somebody else has taken it.
+  void run_share(int share, std::uint32_t current) {
+    const int n_shares = static_cast<int>(claims.size());
+    std::uint32_t previous = current - 1;
+    if (!claims[static_cast<std::size_t>(share)].epoch.compare_exchange_strong(previous, current)) return;
+    region(body, share, share_begin(n_items, share, n_shares), share_begin(n_items, share + 1, n_shares));
+    n_unfinished.fetch_sub(1, std::memory_order_release);
+  }
+
+  void work(int thread) {
+    std::uint32_t seen = 0;
+    for (;;) {
       wait_for_change(seen);
-      if (region == nullptr) return;
-      region(body, thread, share(n_items, thread, n_threads), share(n_items, thread + 1, n_threads));
-      n_running.fetch_sub(1, std::memory_order_release);
+      seen = epoch.load(std::memory_order_acquire);
+      if (is_ending.load(std::memory_order_relaxed)) return;
+      run_share(thread, seen);
     }
   }
 };
@@ -115,11 +136,12 @@ void ThreadPool::fork_join(int n_items, Region region, void* body) {
   shared.region = region;
   shared.body = body;
   shared.n_items = n_items;
-  shared.n_running.store(n_threads_ - 1, std::memory_order_relaxed);
+  shared.n_unfinished.store(n_threads_, std::memory_order_relaxed);
   shared.publish();
-  region(body, 0, 0, share(n_items, 1, n_threads_));
+  const std::uint32_t current = shared.epoch.load(std::memory_order_relaxed);
+  for (int share = 0; share < n_threads_; ++share) shared.run_share(share, current);
   // Where threads outnumber cores, the worker waited for may need this one.
-  for (int i = 0; shared.n_running.load(std::memory_order_acquire) != 0; ++i) {
+  for (int i = 0; shared.n_unfinished.load(std::memory_order_acquire) != 0; ++i) {
     if (i < kPausesBeforeYield) {
       pause();
     } else {
@@ -129,11 +151,11 @@ void ThreadPool::fork_join(int n_items, Region region, void* body) {
 }
 
 void ThreadPool::start() {
-  shared_ = std::make_unique<Shared>();
+  shared_ = std::make_unique<Shared>(n_threads_);
   workers_.reserve(static_cast<std::size_t>(n_threads_ - 1));
   try {
     for (int thread = 1; thread < n_threads_; ++thread) {
-      workers_.emplace_back([shared = shared_.get(), thread, n = n_threads_] { shared->work(thread, n); });
+      workers_.emplace_back([shared = shared_.get(), thread] { shared->work(thread); });
     }
   } catch (...) {
     stop();
@@ -143,7 +165,7 @@ void ThreadPool::start() {
 }
 
 void ThreadPool::stop() {
-  shared_->region = nullptr;
+  shared_->is_ending.store(true, std::memory_order_relaxed);
   shared_->publish();
   for (std::thread& worker : workers_) worker.join();
   workers_.clear();

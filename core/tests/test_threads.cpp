@@ -1,4 +1,4 @@
-// Exact: every item runs once, on the thread that the static split names, however many threads and callers there are.
+// Exact: every item runs once, in the share that the static split names, however many threads and callers there are.
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -13,18 +13,17 @@ void check_regions(onebit::ThreadPool& pool, int n_regions) {
   for (int region = 0; region < n_regions; ++region) {
     const int n_items = region % 23;
     std::vector<int> runs(n_items, 0);
-    std::vector<int> threads(n_items, -1);
-    pool.run(n_items, [&](int thread, int begin, int end) {
+    std::vector<int> shares(n_items, -1);
+    pool.run(n_items, [&](int share, int begin, int end) {
       for (int i = begin; i < end; ++i) {
         ++runs[i];
-        threads[i] = thread;
+        shares[i] = share;
       }
     });
     for (int i = 0; i < n_items; ++i) {
       CHECK(runs[i] == 1);
-      const int thread = threads[i];
-      CHECK(n_items == 1 ? thread == 0
-                         : n_items * thread / pool.size() <= i && i < n_items * (thread + 1) / pool.size());
+      const int share = shares[i];
+      CHECK(n_items == 1 ? share == 0 : n_items * share / pool.size() <= i && i < n_items * (share + 1) / pool.size());
     }
   }
 }

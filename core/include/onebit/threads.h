@@ -1,7 +1,7 @@
 // A pool of threads for regions of a microsecond: fork, static split, join.
 //
 // Workers spin for a moment after each region, because the next one usually follows at once, and sleep after that:
-// an idle pool costs nothing. The calling thread is thread 0. One caller at a time.
+// an idle pool costs nothing. The calling thread works too. One caller at a time.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,9 @@ class ThreadPool {
   // Throws std::system_error.
   void begin();
 
-  // Calls fn(thread, begin, end) on every thread with its share [n * thread / size, n * (thread + 1) / size) of
-  // n_items, and returns when all are done. fn must not throw. A single item runs on the caller.
+  // Calls fn(share, begin, end) for each of size() shares, [n * share / size, n * (share + 1) / size) of n_items, and
+  // returns when all are done. Shares run at the same time, on whichever threads are awake. fn must not throw. A single
+  // item runs on the caller.
   template <class Fn>
   void run(int n_items, Fn&& fn) {
     using Body = std::remove_reference_t<Fn>;
@@ -36,12 +37,12 @@ class ThreadPool {
       return;
     }
     fork_join(
-        n_items, [](void* body, int thread, int begin, int end) { (*static_cast<Body*>(body))(thread, begin, end); },
+        n_items, [](void* body, int share, int begin, int end) { (*static_cast<Body*>(body))(share, begin, end); },
         const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
   }
 
  private:
-  using Region = void (*)(void* body, int thread, int begin, int end);
+  using Region = void (*)(void* body, int share, int begin, int end);
   struct Shared;
 
   void fork_join(int n_items, Region region, void* body);
