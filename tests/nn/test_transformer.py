@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 
+import tiny
 from onebit.checkpoint import quantize
 from onebit.nn.transformer import Transformer, rope, rope_tables
 

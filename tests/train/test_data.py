@@ -9,9 +9,9 @@ import tarfile
 
 import numpy as np
 import pytest
-import tiny
 from tokenizers import Tokenizer
 
+import tiny
 from onebit.train import data
 
 
@@ -27,7 +27,9 @@ def test_documents_of_every_container_in_path_order(tmp_path):
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
-    assert list(data.read_documents(tmp_path, ("*",))) == "one two three four five six seven eight nine".split()
+    assert (
+        list(data.read_documents(tmp_path, ("*",))) == "one two three four five six seven eight nine".split()
+    )
     assert list(data.read_documents(tmp_path, ("*.jsonl", "*/x/2.txt"))) == ["three", "four", "seven", "nine"]
 
 

@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from onebit.formats import run as run_folder
 from onebit.train import build, loop, train
 from onebit.train.loop import METRICS, STATE
@@ -95,6 +95,8 @@ def test_what_is_refused(texts, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         train(recipe, tmp_path / "nowhere", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="name a folder"):
+        train(recipe, None, tmp_path / "run")
     with pytest.raises(ValueError, match="no run to resume"):
         train(recipe, texts, tmp_path / "run", resume=True)
     (tmp_path / "empty").mkdir()
@@ -148,5 +150,5 @@ def test_a_disk_without_room_leaves_the_saved_state(texts, tmp_path, monkeypatch
     after = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert after.keys() == before.keys()
     assert all(after[path] == before[path] for path in before if path.name != METRICS)
-    train(build("tiny", settings), texts, out, resume=True)
+    train(build("tiny", settings), None, out, resume=True)
     assert len(losses(out)) == 4

@@ -1,11 +1,13 @@
 """Invariants of recipes and exact behaviour of overrides; every recipe trains for two steps."""
 
+import json
 from dataclasses import replace
 
 import pytest
-import tiny
 
+import tiny
 from onebit.train import RECIPES, build, train
+from onebit.train.recipes import read
 
 
 def test_overrides_reach_every_kind_of_field():
@@ -50,6 +52,18 @@ def test_overrides_reach_every_kind_of_field():
 def test_bad_names_and_values_are_refused_with_the_near_miss(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         build(name, overrides)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_comes_back_from_its_file(name, tmp_path):
+    recipe = build(name, ["model.eos_tokens=3,4", "optim.lr=1e-4"])
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    assert read(path) == recipe
+    for content in ("{", "{}", "[]", '{"name": "x"}', path.read_text().replace("steps", "stepz")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="not a recipe"):
+            read(path)
 
 
 def test_twin_differs_in_its_weights_alone():

@@ -24,19 +24,26 @@ def train(
     """Train a model by a recipe.
 
     Example: onebit train tiny --data texts --out runs/tiny --set steps=100
-    """
-    for value, flag in ((recipe, "RECIPE"), (data, "--data"), (out, "--out")):
-        if value is None and not list_recipes:
-            raise ValueError(f"{flag} is missing; as in: onebit train tiny --data texts --out runs/tiny")
 
+    A run that was stopped goes on with: onebit train --out runs/tiny --resume
+    """
     from onebit.train import recipes
 
     if list_recipes:
         for name, build in recipes.RECIPES.items():
             print(f"{name:16}{(build.__doc__ or '').splitlines()[0]}")
         return
-    assert recipe is not None and data is not None and out is not None
-    built = recipes.build(recipe, overrides or [])
+    if out is None:
+        raise ValueError("--out is missing; it names the run folder")
+    if resume:
+        built = recipes.override(recipes.read(out / "recipe.json"), overrides or [])
+        if recipe not in (None, built.name):
+            raise ValueError(f"{out} is a run of the recipe {built.name}, not {recipe}")
+    elif recipe is None or data is None:
+        missing = "RECIPE" if recipe is None else "--data"
+        raise ValueError(f"{missing} is missing; as in: onebit train tiny --data texts --out runs/tiny")
+    else:
+        built = recipes.build(recipe, overrides or [])
 
     from onebit.train import train as run
 

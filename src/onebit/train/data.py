@@ -58,10 +58,7 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
         ValueError: a damaged archive, a file that is not UTF-8 text, or JSON lines without a "text".
         FileNotFoundError: the folder does not exist.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; --data expects one with .txt, .md or .jsonl files"
-        )
+    check_folder(folder)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         try:
@@ -70,6 +67,22 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
                     yield from _split_documents(member, raw)
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
             raise ValueError(f"{name}: cannot be unpacked ({error}); the file is damaged") from None
+
+
+def check_folder(folder: Path | None) -> Path:
+    """The folder of text, if there is one.
+
+    Raises:
+        ValueError: None.
+        FileNotFoundError: the folder does not exist.
+    """
+    if folder is None:
+        raise ValueError("no corpus is made yet; name a folder of .txt, .md or .jsonl files with --data")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; --data expects one with .txt, .md or .jsonl files"
+        )
+    return folder
 
 
 def _open_members(path: Path, name: str) -> Iterator[tuple[str, IO[bytes]]]:
@@ -135,15 +148,15 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def prepare(
-    data: Path, out: Path, include: tuple[str, ...], vocab_size: int, held_out: float, seq_len: int
+    data: Path | None, out: Path, include: tuple[str, ...], vocab_size: int, held_out: float, seq_len: int
 ) -> Corpus:
     """Tokenise a folder into shards below `out`, training the tokenizer first, and open them.
 
     A document is held out when the hash of its text says so; the choice depends on nothing else.
 
     Args:
-        data: folder with text.
-        out: folder for tokenizer.json, train.npy and held_out.npy; finished files are reused.
+        data: folder with text; not needed where the shards are finished.
+        out: folder for tokenizer.json, train.npy and held_out.npy; finished ones are reused.
         include: see `read_documents`.
         vocab_size: of the tokenizer.
         held_out: share of the documents that are never trained on.
@@ -153,7 +166,7 @@ def prepare(
         ValueError: no text, too little text, or bad files.
     """
     if not (out / "corpus.json").exists():
-        documents = list(dict.fromkeys(read_documents(data, include)))
+        documents = list(dict.fromkeys(read_documents(check_folder(data), include)))
         if not documents:
             raise ValueError(
                 f"{data}: no text found; expected .txt, .md or .jsonl files (plain, .gz, .xz, .bz2 or .tar) "
@@ -179,7 +192,7 @@ def prepare(
     for name, tokens in (("train", corpus.train), ("held_out", corpus.held_out)):
         if len(tokens) <= seq_len:
             raise ValueError(
-                f"{data}: the {name} part has {len(tokens)} tokens, fewer than one sequence of {seq_len} + 1; "
+                f"{data or out}: the {name} part has {len(tokens)} tokens, fewer than one sequence of {seq_len} + 1; "
                 f"give more text or change data.held_out or data.seq_len"
             )
     return corpus

@@ -7,6 +7,7 @@ model itself (config.json, model.safetensors, tokenizer.json). Killing a run at 
 losses, to the bit, of a run that was never killed.
 """
 
+import io
 import json
 import math
 import os
@@ -29,19 +30,19 @@ from onebit.formats import run, tensors
 from onebit.formats.files import write_file
 from onebit.nn.transformer import Transformer
 from onebit.train import data as text
-from onebit.train.recipes import Recipe
+from onebit.train.recipes import Recipe, read
 
 STATE = "state.safetensors"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 
 
-def train(recipe: Recipe, data: Path, out: Path, resume: bool = False) -> None:
+def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) -> None:
     """Train a recipe on a folder of text.
 
     Args:
         recipe: what to do.
-        data: folder with text; not needed again to resume.
+        data: folder with text; None to resume a run whose corpus is made.
         out: run folder; made, and refused if it already holds a run, unless resume is set.
         resume: continue from the last saved state.
 
@@ -71,7 +72,7 @@ def train(recipe: Recipe, data: Path, out: Path, resume: bool = False) -> None:
     )
     first = _restore(out / STATE, model, optimizer) if resumed else 0
     _keep_metrics(out / METRICS, first)
-    loss_sum = torch.compile(_loss_sum) if recipe.compile else _loss_sum
+    token_losses = torch.compile(_token_losses) if recipe.compile else _token_losses
 
     console = Console(stderr=True)
     columns = (
@@ -79,7 +80,7 @@ def train(recipe: Recipe, data: Path, out: Path, resume: bool = False) -> None:
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     seconds = 0.0
-    with Progress(*columns, console=console) as progress, (out / METRICS).open("a") as metrics:
+    with Progress(*columns, console=console) as progress, (out / METRICS).open("a", buffering=1) as metrics:
         bar = progress.add_task(recipe.name, total=recipe.steps, completed=first, note="")
         for step in range(first, recipe.steps):
             started = time.perf_counter()
@@ -91,7 +92,7 @@ def train(recipe: Recipe, data: Path, out: Path, resume: bool = False) -> None:
             loss = 0.0
             for part in torch.from_numpy(tokens).to(device).chunk(recipe.accumulate):
                 with _precision(recipe, device):
-                    part_loss = loss_sum(model, part).sum() / (recipe.batch_size * source.seq_len)
+                    part_loss = token_losses(model, part).sum() / (recipe.batch_size * source.seq_len)
                 part_loss.backward()
                 loss += part_loss.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf).item()
@@ -117,13 +118,13 @@ def train(recipe: Recipe, data: Path, out: Path, resume: bool = False) -> None:
             seconds += time.perf_counter() - started
             record["tok_per_s"] = round((step + 1 - first) * recipe.batch_size * source.seq_len / seconds)
             metrics.write(json.dumps(record) + "\n")
+            if "held_out_bits_per_byte" in record:
+                draw(out)
             if done or (step + 1) % recipe.save_every == 0:
-                metrics.flush()
                 os.fsync(metrics.fileno())
                 _save(out, model, optimizer, corpus, recipe, step + 1)
             note = f"loss {loss:.3f}, {record['tok_per_s']} tok/s"
             progress.update(bar, completed=step + 1, note=note)
-    draw(out)
 
 
 def bits_per_byte(model: Transformer, corpus: text.Corpus, seq_len: int, limit: int | None = None) -> float:
@@ -146,13 +147,13 @@ def bits_per_byte(model: Transformer, corpus: text.Corpus, seq_len: int, limit: 
     with torch.no_grad():
         for start in starts:
             row = np.asarray(tokens[start : start + seq_len + 1]).astype(np.int64)
-            nats += _loss_sum(model, torch.from_numpy(row[None]).to(device)).double().sum().item()
+            nats += _token_losses(model, torch.from_numpy(row[None]).to(device)).double().sum().item()
             n_bytes += int(corpus.token_bytes[row[1:]].sum())
     return nats / math.log(2) / n_bytes
 
 
 def draw(out: Path) -> None:
-    """Draw the losses of a run folder into loss.png."""
+    """Draw the training and held-out losses of a run folder into its loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,11 +168,13 @@ def draw(out: Path) -> None:
     axes[1].set(xlabel="step", ylabel="held-out text, bits per byte")
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(out / PICTURE, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+    write_file(out / PICTURE, [picture.getvalue()])
 
 
-def _loss_sum(model: Transformer, tokens_BT: Tensor) -> Tensor:
+def _token_losses(model: Transformer, tokens_BT: Tensor) -> Tensor:
     """Negative log likelihood of each token after the first, float32 [B * (T - 1)]."""
     logits = model(tokens_BT[:, :-1]).flatten(0, 1)
     return F.cross_entropy(logits, tokens_BT[:, 1:].flatten(), reduction="none")
@@ -181,7 +184,7 @@ def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[A
     return torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else nullcontext()
 
 
-def _open_run(recipe: Recipe, data: Path, out: Path, resume: bool) -> bool:
+def _open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool:
     """Check that the folder may be used and write the recipe; return whether there is a state to restore."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out expects a folder")
@@ -189,21 +192,16 @@ def _open_run(recipe: Recipe, data: Path, out: Path, resume: bool) -> bool:
     if not resume:
         if path.exists():
             raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
-        if not data.is_dir():
-            raise FileNotFoundError(
-                f"{data}: no such folder; --data expects one with .txt, .md or .jsonl files"
-            )
+        text.check_folder(data)
         out.mkdir(parents=True, exist_ok=True)
         write_file(path, [json.dumps(recipe.to_dict(), indent=2).encode() + b"\n"])
         return False
-    if not path.exists():
-        raise ValueError(f"{out} holds no run to resume; start it without --resume")
-    before = json.loads(path.read_text())
-    for name, value in recipe.to_dict().items():
-        if before.get(name) != value:
+    before, now = read(path).to_dict(), recipe.to_dict()
+    for name in now:
+        if before[name] != now[name]:
             raise ValueError(
-                f"{out}: the run's {name} is {json.dumps(before.get(name))}, this recipe's {json.dumps(value)}; "
-                f"resume with the same recipe and --set, or start another run"
+                f"{out}: the run's {name} is {json.dumps(before[name])}, this recipe's {json.dumps(now[name])}; "
+                f"resume with the same recipe, or start another run"
             )
     return (out / STATE).exists()
 

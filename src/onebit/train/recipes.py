@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onebit.config import ModelConfig
@@ -158,13 +159,42 @@ def build(name: str, overrides: list[str] | None = None) -> Recipe:
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}{_near(name, RECIPES)}; there are: {', '.join(RECIPES)}")
-    recipe = RECIPES[name]()
-    for override in overrides or []:
-        path, equals, text = override.partition("=")
+    return override(RECIPES[name](), overrides or [])
+
+
+def override(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """Apply "a.b=c" overrides to a recipe.
+
+    Raises:
+        ValueError: an unknown field (with the near miss), or a value of the wrong type.
+    """
+    for text in overrides:
+        path, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {override}: expected a.b=c")
-        recipe = _override(recipe, path.split("."), text, path)
+            raise ValueError(f"--set {text}: expected a.b=c")
+        recipe = _override(recipe, path.split("."), value, path)
     return recipe
+
+
+def read(path: Path) -> Recipe:
+    """The recipe that a run folder was started with.
+
+    Args:
+        path: its recipe.json.
+
+    Raises:
+        ValueError: there is none, or not one of this version.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
+    try:
+        values = json.loads(path.read_text())
+        values["model"] = ModelConfig.from_dict(values["model"])
+        values["data"]["include"] = tuple(values["data"]["include"])
+        values["data"], values["optim"] = Data(**values["data"]), Schedule(**values["optim"])
+        return Recipe(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a recipe that this version of onebit can read ({error})") from None
 
 
 def _override(node: Any, path: list[str], text: str, whole: str) -> Any:

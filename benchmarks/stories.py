@@ -1,0 +1,115 @@
+"""What the shipped model and its full-precision twin are worth: held-out bits per byte, agreement, samples.
+
+    python benchmarks/stories.py --run runs/stories --twin runs/stories-dense --text held_out.txt --out results.json
+
+Figures of the ternary model are those of the packed model in the engine; the twin, which the engine does not run, is
+computed in torch. Prints the samples and, last, one JSON line, which --out keeps.
+"""
+
+import argparse
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import onebit
+from onebit.formats import run
+from onebit.nn.transformer import Transformer
+from onebit.train.data import END_OF_TEXT
+
+OPENINGS = [
+    "Once upon a time", "One day, a little girl named Lily", "Tom and Mia", "The dog", "There was a big bear",
+    "In the forest", "Ben liked to", "A small bird", "Mom said", "It was raining", "The cat and the mouse",
+    "Sara had a red ball", "Once there was a king", "Max wanted to", "The sun was", "Anna was sad because",
+    "Grandma made", "A boy found a key", "The little train", "Every night",
+]  # fmt: skip
+GREEDY_TOKENS = 100
+
+Logits = Callable[[list[int]], np.ndarray]
+
+
+def torch_logits(folder: Path) -> Logits:
+    """The logits of a run's float32 master in torch, as a function of token ids."""
+    model = Transformer.from_checkpoint(run.read(folder)).eval()
+
+    @torch.no_grad()
+    def logits(tokens: list[int]) -> np.ndarray:
+        return model(torch.tensor([tokens]))[0].numpy()
+
+    return logits
+
+
+def bits_per_byte(
+    logits: Logits, encode: Callable[[str], list[int]], texts: Iterable[str], context: int
+) -> float:
+    """Cross-entropy in bits per byte; every window of a text starts after the begin-of-text token."""
+    nats, n_bytes = 0.0, 0
+    for text in texts:
+        begin, *ids = encode(text)
+        n_bytes += len(text.encode())
+        for start in range(0, len(ids), context):
+            window = ids[start : start + context]
+            scores = logits([begin, *window[:-1]]).astype(np.float64)
+            scores -= scores.max(-1, keepdims=True)
+            nats += float(np.sum(np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(window)), window]))
+    return nats / math.log(2) / n_bytes
+
+
+def compare_greedy(llm: onebit.LLM, reference: Logits) -> dict[str, float]:
+    """Greedy texts of the engine against torch: where they part, and how close the two best logits were there."""
+    equal, parted = 0, []
+    for opening in OPENINGS:
+        prompt = llm.tokenizer.encode(opening)
+        tokens = llm.generate(opening, temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True).tokens
+        scores = reference([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        best = scores.argmax(-1)
+        if np.array_equal(best, tokens):
+            equal += 1
+            continue
+        at = int(np.argmax(best != tokens))
+        parted.append(float(scores[at, best[at]] - scores[at, tokens[at]]))
+    return {"texts": len(OPENINGS), "equal": equal, "largest_gap_where_they_part": max(parted, default=0.0)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run folder of the ternary model")
+    parser.add_argument("--twin", type=Path, required=True, help="run folder of its full-precision twin")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text, .txt or .txt.xz")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+
+    llm = onebit.load(arguments.run)
+    encode, context = llm.tokenizer.encode, llm.config.max_seq_len
+    master, twin = torch_logits(arguments.run), torch_logits(arguments.twin)
+    held_out = np.load(arguments.run / "corpus" / "held_out.npy")
+    ends = np.flatnonzero(held_out == llm.config.eos_tokens[0])
+    stories = [llm.tokenizer.decode(part.tolist()) for part in np.split(held_out, ends + 1)[:-1]]
+    opener = lzma.open if arguments.text.suffix == ".xz" else open
+    with opener(arguments.text, "rt", encoding="utf-8") as file:
+        text = file.read().replace(END_OF_TEXT, "")
+
+    result: dict[str, object] = {"label": llm.config.label, "held_out_stories": len(stories)}
+    for name, logits in (("ternary", llm.logits), ("full_precision", twin)):
+        result[name] = {
+            "held_out_bits_per_byte": round(bits_per_byte(logits, encode, stories, context), 4),
+            "text_bits_per_byte": round(bits_per_byte(logits, encode, [text], context), 4),
+        }
+    result["greedy_engine_against_torch"] = compare_greedy(llm, master)
+    for seed in range(10):
+        output = llm.generate("Once upon a time", seed=seed, max_tokens=300)
+        print(f"--- seed {seed}, {output.finish_reason}\nOnce upon a time{output.text}\n")
+    line = json.dumps(result)
+    print(line)
+    arguments.out.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
