@@ -227,15 +227,12 @@ def lane_sum(x: Array) -> Array:
     Returns:
         float32 [..., 1].
     """
-    n = x.shape[-1]
-    whole = n // 16 * 16
-    lanes = x[..., :16] * 0
-    if n < 16:
-        lanes = _padded(x, 16) * 0
-    for start in range(0, whole, 16):
-        lanes = lanes + x[..., start : start + 16]
-    if whole < n:
-        lanes = lanes + _padded(x[..., whole:], 16)
+    n_padded = -(-x.shape[-1] // 16) * 16
+    padded = _zeros(x, n_padded)
+    padded[..., : x.shape[-1]] = x
+    lanes = _zeros(x, 16)
+    for start in range(0, n_padded, 16):
+        lanes = lanes + padded[..., start : start + 16]
     for width in (8, 4, 2, 1):
         lanes = lanes[..., :width] + lanes[..., width:]
     return lanes
@@ -271,10 +268,9 @@ def _absmax(x: Array) -> Array:
     return abs(x).amax(-1, keepdim=True)
 
 
-def _padded(x: Array, width: int) -> Array:
-    if isinstance(x, np.ndarray):
-        return np.concatenate([x, np.zeros((*x.shape[:-1], width - x.shape[-1]), x.dtype)], axis=-1)
-    return x.new_zeros((*x.shape[:-1], width)).index_copy(-1, x.new_tensor(range(x.shape[-1])).long(), x)
+def _zeros(x: Array, width: int) -> Array:
+    shape = (*x.shape[:-1], width)
+    return np.zeros(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_zeros(shape)
 
 
 def _scale_shape(scale: Array, granularity: Granularity) -> Array:
