@@ -24,7 +24,7 @@ class SamplingParams:
         top_p: keep the most likely tokens that together reach this probability; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
         repetition_penalty: divides the positive and multiplies the negative logits of tokens already in
-            the text or prompt; 1 is off.
+            the text or prompt; from 1e-6 to 1e6, 1 is off.
         seed: of the random draws; the same seed gives the same text. None draws a seed.
         stop: strings that end the text; they are not part of it. One string or several.
         ignore_eos: go on after the model's end-of-text token.
@@ -51,7 +51,7 @@ class SamplingParams:
         self._set("temperature", _real("temperature", self.temperature, 0.0, math.inf))
         self._set("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_low=True))
         self._set("min_p", _real("min_p", self.min_p, 0.0, 1.0))
-        penalty = _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        penalty = _real("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         self._set("repetition_penalty", penalty)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
