@@ -75,6 +75,7 @@ def test_json_round_trip(changes):
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "expected a positive number"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5; expected at least 1"),
         ({"norm_eps": 0}, "norm_eps is 0"),
         ({"norm_eps": True}, "norm_eps is True"),
         ({"sub_norm": 1}, "sub_norm is 1; expected true or false"),

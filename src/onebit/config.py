@@ -7,7 +7,7 @@ A model family is a handful of these flags. Knows nothing of files, tensors or t
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
@@ -29,7 +29,7 @@ class ModelConfig:
         d_head: width of a head; even.
         d_ff: width of the gated feed-forward layer.
         max_seq_len: longest context in tokens.
-        rope_theta: base of the rotary position angles.
+        rope_theta: base of the rotary position angles; at least 1.
         norm_eps: added to the mean square in every RMSNorm.
         activation: of the gate: "silu" (SwiGLU) or "relu2" (squared ReLU).
         sub_norm: RMSNorm before the o and the down projection.
@@ -89,6 +89,8 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**127:
                 raise ValueError(f"config: {name} is {value!r}; expected a positive number")
+        if self.rope_theta < 1:
+            raise ValueError(f"config: rope_theta is {self.rope_theta!r}; expected at least 1")
         for name in ("sub_norm", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected true or false")
@@ -175,7 +177,7 @@ class ModelConfig:
                 near = get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"config: unknown field {name!r}{hint}")
-        missing = [n for n in list(known)[:7] if n not in values]
+        missing = [f.name for f in known.values() if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"config: {', '.join(missing)} missing")
         values = dict(values)
