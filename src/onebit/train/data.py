@@ -20,6 +20,8 @@ from typing import IO
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from onebit.formats.files import write_file
+
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
@@ -183,11 +185,10 @@ def prepare(
             tokens = _encode(tokenizer, texts)
             digest.update(tokens.tobytes())
             np.save(out / f"{name}.npy", tokens)
-        (out / "tokenizer.json").write_text(tokenizer.to_str())
+        write_file(out / "tokenizer.json", [tokenizer.to_str().encode()])
         # Written last: its presence says that the other files are whole.
-        (out / "corpus.json").write_text(
-            json.dumps({"sha256": digest.hexdigest(), "documents": len(documents)})
-        )
+        about = {"sha256": digest.hexdigest(), "documents": len(documents)}
+        write_file(out / "corpus.json", [json.dumps(about).encode()])
     corpus = _open(out)
     for name, tokens in (("train", corpus.train), ("held_out", corpus.held_out)):
         if len(tokens) <= seq_len:
