@@ -34,7 +34,6 @@ TOP = len(LAYERS)
 # Who may import what from outside the standard library. numpy is the common tongue; the rest has an owner.
 OWNERS = {
     "torch": {"nn", "train"},
-    "safetensors": {"train"},
     "matplotlib": {"train"},
     "tokenizers": {"engine", "train"},
     "jinja2": {"engine"},

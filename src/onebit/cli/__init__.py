@@ -85,6 +85,6 @@ def _fail(message: str) -> int:
 
 
 def _missing(error: ImportError) -> str:
-    if error.name in ("torch", "safetensors", "matplotlib"):
+    if error.name in ("torch", "matplotlib"):
         return f'{error.name} is not installed; training needs it: pip install "onebit[train]"'
     return f"{error}; reinstall with: pip install onebit"
