@@ -95,8 +95,7 @@ def quantize_binary(w: Array, granularity: Granularity = "tensor") -> tuple[Arra
     """
     groups = weight_groups(w, granularity)
     scale = _mean(abs(groups)).clip(EPSILON, None)
-    above = groups > _mean(groups)
-    codes = (groups * 0 + 1) * above - (groups * 0 + 1) * ~above
+    codes = (groups * 0 + 2) * (groups > _mean(groups)) - 1
     return codes.reshape(w.shape), _scale_shape(scale, granularity)
 
 
@@ -169,9 +168,7 @@ def quantize_a1(x: Array) -> tuple[Array, Array]:
     The mean is a `lane_sum` divided by n.
     """
     scale = (lane_sum(abs(x)) / np.float32(x.shape[-1])).clip(EPSILON, None)
-    above = x > 0
-    ones = x * 0 + 1
-    return ones * above - ones * ~above, scale
+    return (x * 0 + 2) * (x > 0) - 1, scale
 
 
 def quantize_a15(x: Array) -> tuple[Array, Array]:
