@@ -128,3 +128,38 @@ def test_damaged_tokenizer_is_a_value_error(data):
 def test_text_that_is_no_unicode_is_a_value_error():
     with pytest.raises(ValueError, match="Unicode"):
         TOKENIZER.encode("a\udcff")
+    with pytest.raises(ValueError, match="None is no text"):
+        TOKENIZER.encode(None)
+
+
+@pytest.mark.parametrize("token", [-1, 2**32, 1.5, None, "1"])
+def test_what_is_no_token_id_is_a_value_error(token):
+    with pytest.raises(ValueError, match="is no token id"):
+        TOKENIZER.decode([1, token])
+
+
+def changed(**changes):
+    return json.dumps(json.loads(tiny.tokenizer_json()) | changes).encode()
+
+
+def test_settings_for_batches_leave_a_prompt_whole():
+    # Padding to 10^12 tokens would end the process.
+    side = {"direction": "Right", "strategy": {"Fixed": 10**12}, "pad_to_multiple_of": None}
+    padding = side | {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = Tokenizer(changed(padding=padding, truncation=truncation))
+    assert tokenizer.encode("Once upon a time") == TOKENIZER.encode("Once upon a time")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # An exception of no kind, and two panics: in the reader and in the encoder.
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": json.loads(tiny.tokenizer_json())["model"] | {"continuing_subword_prefix": "\u00e9" * 4}},
+    ],
+)
+def test_a_tokenizer_that_fails_is_a_value_error(changes):
+    with pytest.raises(ValueError, match="^tokenizer: "):
+        Tokenizer(changed(**changes)).encode("Once upon a time")

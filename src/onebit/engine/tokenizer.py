@@ -6,8 +6,10 @@ Knows nothing of models or requests.
     tokenizer.decode(tokenizer.encode("Once upon a time"))
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import tokenizers
@@ -36,10 +38,11 @@ class Tokenizer:
         chat_template: str | None = None,
         eos_token: int | None = None,
     ) -> None:
-        try:
+        with _refusing("not a readable tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the bindings raise a bare Exception
-            raise ValueError(f"tokenizer: not a readable tokenizer.json ({error})") from None
+            # Settings for training on batches: they would cut or lengthen a prompt without a word.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
@@ -50,13 +53,25 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after the model's begin-of-sequence token if it has one."""
+        """Token ids of a text, after the model's begin-of-sequence token if it has one.
+
+        Raises:
+            ValueError: no valid text, or one that the tokenizer has no tokens for.
+        """
         ids = self._encode(text)
         return ids if self.bos_token is None else [self.bos_token, *ids]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """Text of token ids; special and unknown tokens are left out, bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: something else than token ids.
+        """
+        for token in tokens:
+            if not isinstance(token, Integral) or not 0 <= token < 2**32:
+                raise ValueError(f"{token!r} is no token id; expected whole numbers from 0 to 2^32 - 1")
+        with _refusing("cannot decode these tokens"):
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
@@ -99,11 +114,14 @@ class Tokenizer:
         return environment.from_string(self.chat_template or "")
 
     def _encode(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is no text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start}") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _refusing("cannot encode this text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _written(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.id_to_token(token) or ""
@@ -158,6 +176,20 @@ class Detokenizer:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+@contextmanager
+def _refusing(problem: str) -> Iterator[None]:
+    """Turn whatever a tokenizer.json of unknown origin provokes in the bindings into a ValueError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        # Bare Exceptions, and panics, which are not even those.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tokenizer: {problem} ({error})") from None
 
 
 def _overlap(text: str, stop: str) -> int:
