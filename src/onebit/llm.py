@@ -160,7 +160,7 @@ class LLM:
         Raises:
             ValueError: a prompt that is too long or holds unknown ids, or a parameter out of range.
         """
-        is_list = not isinstance(prompt, str) and any(not isinstance(item, Integral) for item in prompt)
+        is_list = not isinstance(prompt, str) and any(not isinstance(i, Integral) for i in _items(prompt))
         prompts: Sequence[Any] = prompt if is_list else [prompt]
         engine, requests = self._begin(prompts, _params(params, sampling))
         for _ in engine.run():
@@ -226,7 +226,7 @@ class LLM:
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         else:
-            for token in prompt:
+            for token in _items(prompt):
                 if not isinstance(token, Integral):
                     raise ValueError(f"prompt holds {token!r}; expected a text or a list of token ids")
             tokens = [int(token) for token in prompt]
@@ -253,10 +253,24 @@ def load(path: str | PathLike[str] | None = None, threads: int | None = None, kv
     return LLM(formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache)
 
 
+def _items(prompt: Any) -> Sequence[Any]:
+    """The items of a prompt that is no text, if it is what can be read twice and in order."""
+    # Arrays of numpy are no Sequence, and bytes are one.
+    is_array = isinstance(prompt, np.ndarray) and prompt.ndim > 0
+    if isinstance(prompt, (bytes, bytearray, memoryview)) or not (is_array or isinstance(prompt, Sequence)):
+        raise ValueError(f"prompt is {prompt!r}; expected a text or a list of token ids")
+    items: Sequence[Any] = prompt
+    return items
+
+
 def _params(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
-    if params is not None and sampling:
+    if params is None:
+        return SamplingParams(**sampling)
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params is {params!r}; expected SamplingParams, or its fields by their names")
+    if sampling:
         raise ValueError(f"give either params or {', '.join(sampling)}, not both")
-    return params or SamplingParams(**sampling)
+    return params
 
 
 def _pieces(engine: Engine, request: Generation) -> Iterator[Piece]:

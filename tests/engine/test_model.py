@@ -252,7 +252,7 @@ def test_choices_come_from_the_argument_then_the_environment(monkeypatch):
     monkeypatch.setenv("ONEBIT_ISA", "scalar")
     monkeypatch.setenv("ONEBIT_THREADS", "3")
     assert (choose_isa(), choose_threads()) == ("scalar", 3)
-    assert (choose_isa(available_isas()[0]), choose_threads(2)) == (available_isas()[0], 2)
+    assert (choose_isa(available_isas()[0]), choose_threads(np.int64(2))) == (available_isas()[0], 2)
     model = Model(quantize(tiny.master()))
     assert (model.isa, model.threads) == ("scalar", 3)
 
@@ -262,6 +262,15 @@ def test_a_bad_number_of_threads_is_refused(monkeypatch, threads):
     monkeypatch.setenv("ONEBIT_THREADS", threads)
     with pytest.raises(ValueError, match=r"ONEBIT_THREADS is .*; expected a whole number from 1 to 1024"):
         choose_threads()
+
+
+def test_threads_that_the_system_refuses_are_named(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr("onebit.engine.model._core.Model", refuse)
+    with pytest.raises(OSError, match=r"refuses 900 threads \(Resource temporarily unavailable\)"):
+        Model(quantize(tiny.master()), threads=900)
 
 
 def test_a_bad_choice_is_refused(monkeypatch):

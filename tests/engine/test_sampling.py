@@ -12,19 +12,20 @@ from onebit.engine.sampling import SamplingParams, random_seed
     ("name", "good", "bad"),
     [
         ("max_tokens", [1, np.int64(5)], [0, -1, 1.5, True, "3", 2**31]),
-        ("temperature", [0, 0.0, 2, np.float32(0.5)], [-0.1, math.nan, math.inf, "1", None, True]),
+        ("temperature", [0, 0.0, 2, np.float32(0.5)], [-0.1, math.nan, math.inf, 10**400, "1", None, True]),
         ("top_k", [0, 1, 10**6], [-1, 2.0, None]),
         ("top_p", [1e-9, 1, 1.0], [0, 0.0, 1.01, math.nan]),
         ("min_p", [0, 0.5, 1], [-0.1, 1.1, math.nan]),
         ("repetition_penalty", [1e-6, 0.5, 1, 1e6], [0, 1e-7, -1.0, 1e7, math.inf]),
         ("seed", [None, 0, 2**64 - 1], [-1, 2**64, 1.0, "7"]),
         ("stop", ["x", ["x", "y"], (), []], ["", ["x", ""], [1], 3, None]),
+        ("ignore_eos", [True, False, np.True_], ["no", None, 2, []]),
     ],
 )
 def test_limits(name, good, bad):
     for value in good:
         kept = getattr(SamplingParams(**{name: value}), name)
-        assert type(kept) in (int, float, tuple, type(None))
+        assert type(kept) in (int, float, bool, tuple, type(None))
         assert name == "stop" or kept == value
     for value in bad:
         with pytest.raises(ValueError, match=f"^{name} is .*expected") as error:

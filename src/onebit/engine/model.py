@@ -9,6 +9,7 @@ The only importer of `onebit._core`. Weights are used in place, without a copy. 
 
 import math
 import os
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class Model:
     Raises:
         ValueError: a checkpoint that is not packed, an instruction set that is not available here, a number of
             threads outside [1, 1024], or an input too wide for exact sums.
+        OSError: the system refuses so many threads.
     """
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None, isa: str | None = None) -> None:
@@ -53,9 +55,12 @@ class Model:
             )
         self.config: ModelConfig = checkpoint.config
         tensors = {name: _to_core(tensor) for name, tensor in checkpoint.tensors.items()}
-        self._core = _core.Model(
-            self.config, tensors, inverse_frequencies(self.config), choose_isa(isa), choose_threads(threads)
-        )
+        frequencies, isa, threads = inverse_frequencies(self.config), choose_isa(isa), choose_threads(threads)
+        try:
+            self._core = _core.Model(self.config, tensors, frequencies, isa, threads)
+        except RuntimeError as error:
+            # The one thing in there that the system can deny.
+            raise OSError(f"the system refuses {threads} threads ({error}); ask for fewer") from None
 
     @property
     def isa(self) -> str:
@@ -188,9 +193,9 @@ def choose_threads(threads: int | None = None) -> int:
         source, value = "ONEBIT_THREADS", int(variable) if variable.isdecimal() else variable
     if value is None:
         return default_threads()
-    if type(value) is not int or not 1 <= value <= MAX_THREADS:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= MAX_THREADS:
         raise ValueError(f"{source} is {value!r}; expected a whole number from 1 to {MAX_THREADS}")
-    return value
+    return int(value)
 
 
 def default_threads() -> int:

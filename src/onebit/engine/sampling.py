@@ -57,6 +57,10 @@ class SamplingParams:
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {self.stop!r}; expected a non-empty string or a list of them")
         self._set("stop", tuple(stop))
+        # Not the type alone: numpy has its own True.
+        if self.ignore_eos not in (True, False):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; expected True or False")
+        self._set("ignore_eos", bool(self.ignore_eos))
 
     def _set(self, name: str, value: Any) -> None:
         # The one moment at which a frozen value is still made: numpy numbers become Python's.
@@ -75,9 +79,16 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
-    fits = isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
-    if not fits or math.isinf(value) or (open_low and value == low):
+    number = _float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high or math.isinf(number) or (open_low and number == low):
         above = f"above {low:g}" if open_low else f"at least {low:g}"
         limit = "" if math.isinf(high) else f" and at most {high:g}"
         raise ValueError(f"{name} is {value!r}; expected a number {above}{limit}")
-    return float(value)
+    return number
+
+
+def _float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
