@@ -21,20 +21,11 @@ using namespace onebit;
 template <typename T, int kDims>
 using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
-constexpr int kMaxTables = 16;
 // Far above any test, far below where an int index could overflow.
 constexpr std::size_t kMaxValues = std::size_t{1} << 28;
 
 void require(bool ok, const std::string& message) {
   if (!ok) throw nb::value_error(message.c_str());
-}
-
-std::vector<std::string> available_isas() {
-  const Kernels* tables[kMaxTables];
-  const int n = available_kernels(tables, kMaxTables);
-  std::vector<std::string> names;
-  for (int i = 0; i < n; ++i) names.emplace_back(tables[i]->name);
-  return names;
 }
 
 const Kernels& kernels_of(const std::string& isa) {
@@ -44,9 +35,8 @@ const Kernels& kernels_of(const std::string& isa) {
 }
 
 Encoding encoding_of(const std::string& name) {
-  constexpr const char* kNames[kEncodings] = {"t80", "r64", "b128", "q8", "q4"};
   for (int i = 0; i < kEncodings; ++i) {
-    if (name == kNames[i]) return static_cast<Encoding>(i);
+    if (name == kEncodingNames[i]) return static_cast<Encoding>(i);
   }
   throw nb::value_error(("encoding '" + name + "': expected t80, r64, b128, q8 or q4").c_str());
 }
@@ -183,7 +173,6 @@ void attend(const std::string& isa, Array<const float, 2> q, float inv_sqrt_d,
 void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   m.doc() = "The kernels of each instruction set, one function per entry; outputs are written in place.";
-  m.def("available_isas", &available_isas, "Names of the instruction sets of this build and CPU, best first.");
   m.def("dot_tile", &dot_tile, "isa"_a, "encoding"_a, "tile"_a, "x"_a, "sums"_a, "out"_a);
   m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "w_scale"_a, "stride"_a, "accumulate"_a, "y"_a);
   m.def("scale", &scale, "isa"_a, "factor"_a, "y"_a);

@@ -34,7 +34,6 @@ void bind_kernels(nb::module_& m);
 namespace {
 
 constexpr int kMaxKernels = 16;
-constexpr const char* kEncodingNames[onebit::kEncodings] = {"t80", "r64", "b128", "q8", "q4"};
 
 // 127 * 127 * inputs must fit an int32 sum.
 constexpr std::int64_t kMaxInputs = 1 << 17;
@@ -106,7 +105,7 @@ struct PackedArrays {
 PackedArrays make_packed(const std::string& encoding, std::int64_t n, std::int64_t k, nb::handle data,
                          nb::handle scale) {
   int index = 0;
-  while (index < onebit::kEncodings && encoding != kEncodingNames[index]) ++index;
+  while (index < onebit::kEncodings && encoding != onebit::kEncodingNames[index]) ++index;
   require(index < onebit::kEncodings, "encoding ", encoding, ": expected t80, r64, b128, q8 or q4");
   require(n >= 1 && k >= 1 && n < (1 << 30) && k <= kMaxInputs, "packed matrix ", shape_text({n, k}),
           ": expected at most 2^30 rows of at most ", kMaxInputs, " inputs");
@@ -154,7 +153,7 @@ class Tensors {
             shape_text({matrix.n, matrix.k}));
     const bool is_row_wise = matrix.encoding == onebit::Encoding::kQ8 || matrix.encoding == onebit::Encoding::kQ4;
     const bool is_expected = is_linear ? !is_row_wise : matrix.encoding == onebit::Encoding::kQ8;
-    const std::string encoding = kEncodingNames[static_cast<int>(matrix.encoding)];
+    const char* encoding = onebit::kEncodingNames[static_cast<int>(matrix.encoding)];
     require(is_expected, name, ": encoding ", encoding, "; expected ", (is_linear ? "t80, r64 or b128" : "q8"));
     require(is_linear || (matrix.scale_per_row && matrix.group == 0), name, ": expected one scale per row");
     owners_.push_back(packed.data);

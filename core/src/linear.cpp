@@ -57,7 +57,7 @@ void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, c
     for (int group = 0; group < x.chunks.n_groups; ++group) {
       dot_group(kernels, matrix, tile, group, x, 0, row, m, sums);
       for (int i = 0; i < m; ++i) {
-        kernels.scale_sums(sums.values + i * rows, w_scale + (stride ? group : 0), stride, n, group > 0,
+        kernels.scale_sums(sums.values + i * rows, w_scale + group, stride, n, group > 0,
                            y + static_cast<std::size_t>(i) * matrix.n);
       }
     }

@@ -12,10 +12,10 @@ import pytest
 
 from core import reference
 from onebit import quant
-from onebit._core import kernels
+from onebit._core import available_isas, kernels
 from onebit.packing import pack
 
-ISAS = kernels.available_isas()
+ISAS = available_isas()
 ENCODINGS = {"t80": 80, "r64": 64, "b128": 128, "q8": 16, "q4": 32}
 SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 257, 1000)
 HEAD_WIDTHS = (2, 24, 32, 48, 64, 128)

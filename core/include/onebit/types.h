@@ -6,9 +6,10 @@
 
 namespace onebit {
 
-// Bit layouts of packed matrices, drawn in docs/format.md. The values are part of no file format.
+// Bit layouts of packed matrices, drawn in docs/format.md. The values are part of no file format; the names are.
 enum class Encoding : std::uint8_t { kT80, kR64, kB128, kQ8, kQ4 };
 inline constexpr int kEncodings = 5;
+inline constexpr const char* kEncodingNames[kEncodings] = {"t80", "r64", "b128", "q8", "q4"};
 
 // Rows of one tile. A tile is k_padded / 4 units of 64 bytes: 16 lanes x 4 consecutive k.
 constexpr int tile_rows(Encoding encoding) {

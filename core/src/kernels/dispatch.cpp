@@ -1,6 +1,7 @@
 // Chooses among the kernel tables: one ordered list, the first that this CPU runs wins.
 //
-// To add an instruction set: one file, its declaration in tables.h, one line in kCandidates.
+// To add an instruction set: one file, its flags in core/CMakeLists.txt, its declaration in tables.h, one line in
+// kCandidates.
 #include <cstring>
 
 #include "tables.h"
@@ -16,7 +17,7 @@ struct Candidate {
 bool always() noexcept { return true; }
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-#if defined(__x86_64__)
+#if defined(ONEBIT_X86_64_KERNELS)
 bool has_avx2() noexcept {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2");
@@ -32,7 +33,7 @@ bool has_avx512vnni() noexcept {
 
 // Best first.
 constexpr Candidate kCandidates[] = {
-#if defined(__x86_64__)
+#if defined(ONEBIT_X86_64_KERNELS)
     {&kAvx512Vnni, has_avx512vnni},
     {&kAvx2, has_avx2},
 #endif

@@ -1,4 +1,5 @@
-// The kernel tables that a build may contain. Each is the only symbol that its file exports.
+// The kernel tables; core/CMakeLists.txt decides which of them a build contains. Each is the only symbol that its file
+// exports.
 #pragma once
 
 #include "onebit/kernels.h"
@@ -6,9 +7,7 @@
 namespace onebit {
 
 extern const Kernels kScalar;
-#if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
-#endif
 
 }  // namespace onebit
