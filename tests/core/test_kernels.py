@@ -31,7 +31,10 @@ ATTEND_ATOL = 2e-6
 TINY = [1e-45, -1e-40, 1.1754944e-38, 1e-5]
 EXP_EDGES = [87.5, -87.5, 88.5, -88.5, 104.0, -104.0]
 HUGE = [1e30, -1e30, 3.4028235e38, -3.4028235e38, np.inf, -np.inf, np.nan]
+# A NaN with payload bits, which must not leak into codes.
+NAN = np.array([0x7FC12345], np.uint32).view(np.float32)
 SPECIALS = np.array([0.0, -0.0, 0.5, -0.5, 1.5, 2.5, *TINY, *EXP_EDGES, *HUGE], np.float32)
+SPECIALS = np.concatenate([SPECIALS, NAN])
 
 
 @pytest.fixture(params=ISAS)

@@ -400,8 +400,8 @@ ONEBIT_INLINE void score_keys(const float* q, int d, float inv_sqrt_d, const std
   }
 }
 
-// Turns the first n scores of a block into weights exp(score - m), m the largest, and sets the rest of the block to
-// zero. Returns m, and the sum of the weights in *l.
+// Turns the first n scores of a block into weights exp(score - m), m the largest; the rest weigh exp(-infinity) = 0.
+// Returns m, and the sum of the weights in *l.
 ONEBIT_INLINE float weigh(float* scores, int n, float* l) {
   for (int j = n; j < kBlockTokens; ++j) scores[j] = -__builtin_inff();
   Lanes largest = splat(-__builtin_inff());
@@ -415,7 +415,6 @@ ONEBIT_INLINE float weigh(float* scores, int n, float* l) {
   for (int i = 1; i < kLaneCount; ++i) m = lane[i] > m ? lane[i] : m;
 
   map_values(scores, scores, kBlockTokens, scores, [=](Vector s, Vector) { return exponential(s - m); });
-  for (int j = n; j < kBlockTokens; ++j) scores[j] = 0.0f;
   *l = lane_sum(scores, kBlockTokens, [](Vector v) { return v; });
   return m;
 }
