@@ -6,6 +6,7 @@ A model family is a handful of these flags. Knows nothing of files, tensors or t
     config.label        # "W1.58A8KV16"
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
@@ -125,6 +126,10 @@ class ModelConfig:
         weights = {"b1.58": "1.58", "b1": "1", "dense": "16"}[self.weights]
         activations = {"a8": "8", "a4": "4", "a1": "1", "none": "16"}[self.activations]
         return f"W{weights}A{activations}KV16"
+
+    def rope_frequencies(self) -> list[float]:
+        """Rotary angle of each pair of a head per position, theta^(-2 i / d_head); used rounded to float32."""
+        return [math.pow(self.rope_theta, -2 * i / self.d_head) for i in range(self.d_head // 2)]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Name and [out, in] of the seven linear layers of a block, in the order in which they run."""

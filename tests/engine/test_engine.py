@@ -167,3 +167,17 @@ def test_a_text_larger_than_the_cache_is_refused():
     with pytest.raises(ValueError, match="cache holds 64"):
         engine.add([1] * 60, SamplingParams(max_tokens=6))
     engine.add(np.ones(60, np.int64), SamplingParams(max_tokens=5))
+
+
+def test_a_step_that_fails_ends_its_texts_and_frees_their_blocks():
+    def next_token(seen):
+        if len(seen) == 5:
+            raise ValueError("no number")
+        return 7
+
+    engine = Engine(tiny.FakeModel(next_token), None, n_blocks=4)
+    engine.add([1, 2], SamplingParams(max_tokens=20, temperature=0))
+    with pytest.raises(ValueError, match="no number"):
+        list(engine.run())
+    assert engine.pool.n_free == engine.pool.n_blocks
+    assert list(engine.run()) == []

@@ -129,13 +129,22 @@ class Engine:
 
         Returns:
             One entry for each request that got a token; those still reading their prompt have none.
+
+        Raises:
+            ValueError: logits that are no numbers, ...; the requests of the step are gone then.
         """
         batch = self._scheduler.schedule()
         if not batch:
             return []
         ready = [part.request for part in batch if part.is_last]
-        logits_RV = self._forward(batch)
-        return [self._extend(request, row) for request, row in zip(ready, logits_RV, strict=True)]
+        try:
+            logits_RV = self._forward(batch)
+            return [self._extend(request, row) for request, row in zip(ready, logits_RV, strict=True)]
+        except BaseException:
+            # What the cache holds of these texts is no longer known.
+            for part in batch:
+                self.cancel(part.request)
+            raise
 
     def _forward(self, batch: Batch[Generation]) -> Float32:
         starts = np.cumsum([0, *(part.stop - part.start for part in batch)], dtype=np.int32)

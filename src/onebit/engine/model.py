@@ -7,7 +7,6 @@ The only importer of `onebit._core`. Weights are used in place, without a copy. 
     logits_RV = model.forward(tokens, positions, seq_starts, block_tables, rows, cache)
 """
 
-import math
 import os
 from numbers import Integral
 from pathlib import Path
@@ -55,7 +54,8 @@ class Model:
             )
         self.config: ModelConfig = checkpoint.config
         tensors = {name: _to_core(tensor) for name, tensor in checkpoint.tensors.items()}
-        frequencies, isa, threads = inverse_frequencies(self.config), choose_isa(isa), choose_threads(threads)
+        frequencies = np.array(self.config.rope_frequencies(), np.float32)
+        isa, threads = choose_isa(isa), choose_threads(threads)
         try:
             self._core = _core.Model(self.config, tensors, frequencies, isa, threads)
         except RuntimeError as error:
@@ -204,12 +204,6 @@ def default_threads() -> int:
         return min(os.cpu_count() or 1, MAX_THREADS)
     cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
     return min(len(cores), MAX_THREADS)
-
-
-def inverse_frequencies(config: ModelConfig) -> Float32:
-    """Rotary frequencies: rope_theta ^ (-2 i / d_head) in float64, rounded to float32 [d_head / 2]."""
-    exponents = [-2 * i / config.d_head for i in range(config.d_head // 2)]
-    return np.array([math.pow(config.rope_theta, exponent) for exponent in exponents], np.float32)
 
 
 def _siblings(cpu: int) -> str:

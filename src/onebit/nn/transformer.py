@@ -149,9 +149,8 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     angle = position * float32(theta^(-2 i / d_head)), computed in float64, where the product is exact.
     """
-    exponent = np.arange(0, config.d_head, 2, dtype=np.float64) / config.d_head
-    inv_freq = (float(config.rope_theta) ** -exponent).astype(np.float32).astype(np.float64)
-    angle = np.arange(config.max_seq_len, dtype=np.float64)[:, None] * inv_freq
+    frequencies = np.array(config.rope_frequencies(), np.float32).astype(np.float64)
+    angle = np.arange(config.max_seq_len, dtype=np.float64)[:, None] * frequencies
     return torch.from_numpy(np.cos(angle).astype(np.float32)), torch.from_numpy(
         np.sin(angle).astype(np.float32)
     )
