@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "onebit/buffer.h"
+#include "onebit/float_mode.h"
 #include "onebit/linear.h"
 #include "onebit/rope.h"
 
@@ -66,6 +67,7 @@ Model::~Model() = default;
 
 void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
   std::lock_guard lock(mutex_);
+  StandardFloatMode float_mode;
   reserve(batch);
   pool_.begin();
   embed(batch);

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "onebit/float_mode.h"
+
 namespace onebit {
 namespace {
 
@@ -126,6 +128,7 @@ double exp_negative(double x) noexcept {
 }
 
 int sample(std::span<const float> logits, std::span<const std::int32_t> history, const SamplingParams& params) {
+  StandardFloatMode float_mode;
   std::vector<Candidate> candidates = penalized(logits, history, params.repetition_penalty);
   const Candidate best = *std::min_element(candidates.begin(), candidates.end(), ranks_before);
   if (params.temperature == 0.0 || params.top_k == 1) return best.id;

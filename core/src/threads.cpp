@@ -16,6 +16,8 @@
 #include <unistd.h>
 #endif
 
+#include "onebit/float_mode.h"
+
 namespace onebit {
 namespace {
 
@@ -155,7 +157,10 @@ void ThreadPool::start() {
   workers_.reserve(static_cast<std::size_t>(n_threads_ - 1));
   try {
     for (int thread = 1; thread < n_threads_; ++thread) {
-      workers_.emplace_back([shared = shared_.get(), thread] { shared->work(thread); });
+      workers_.emplace_back([shared = shared_.get(), thread] {
+        StandardFloatMode float_mode;
+        shared->work(thread);
+      });
     }
   } catch (...) {
     stop();
