@@ -80,7 +80,8 @@ def straight_through(x: Tensor, quantizer: Callable[[Tensor], tuple[Tensor, Tens
     with torch.no_grad():
         codes, scale = quantizer(x.float())
         rounded = dequantize(codes, scale) if scale.ndim < x.ndim else codes * scale
-    return x + (rounded - x).detach()
+    # The difference is exactly zero, so the value is the rounded one to the bit; its gradient is that of x.
+    return rounded + (x - x.detach())
 
 
 def int8_rows(w: Tensor) -> Tensor:
