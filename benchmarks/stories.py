@@ -3,7 +3,7 @@
     python benchmarks/stories.py --run runs/stories --twin runs/stories-dense --text held_out.txt --out results.json
 
 Figures of the ternary model are those of the packed model in the engine; the twin, which the engine does not run, is
-computed in torch. Prints the samples and, last, one JSON line, which --out keeps.
+computed in torch. Prints the samples and, last, one JSON line, which --out keeps; the curves go to a PNG beside it.
 """
 
 import argparse
@@ -13,8 +13,10 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot
 
 import onebit
 from onebit.formats import run
@@ -28,6 +30,7 @@ OPENINGS = [
     "Grandma made", "A boy found a key", "The little train", "Every night",
 ]  # fmt: skip
 GREEDY_TOKENS = 100
+SMOOTH = 50  # steps
 
 Logits = Callable[[list[int]], np.ndarray]
 
@@ -75,6 +78,25 @@ def compare_greedy(llm: onebit.LLM, reference: Logits) -> dict[str, float]:
     return {"texts": len(OPENINGS), "equal": equal, "largest_gap_where_they_part": max(parted, default=0.0)}
 
 
+def draw(folders: dict[str, Path], path: Path) -> None:
+    """Draw the training and held-out losses of several runs into one picture."""
+    matplotlib.use("Agg")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, folder in folders.items():
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = np.convolve([r["loss"] for r in records], np.ones(SMOOTH) / SMOOTH, "valid")
+        left.plot(np.arange(len(losses)) + SMOOTH // 2, losses, label=name)
+        held_out = [r for r in records if "held_out_bits_per_byte" in r]
+        steps, values = zip(*((r["step"] + 1, r["held_out_bits_per_byte"]) for r in held_out), strict=True)
+        right.plot(steps, values, marker=".", label=name)
+    left.set(xlabel="step", ylabel=f"training loss, nats per token (mean of {SMOOTH})")
+    right.set(xlabel="step", ylabel="held-out stories, bits per byte")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -106,6 +128,7 @@ def main() -> None:
     for seed in range(10):
         output = llm.generate("Once upon a time", seed=seed, max_tokens=300)
         print(f"--- seed {seed}, {output.finish_reason}\nOnce upon a time{output.text}\n")
+    draw({"ternary": arguments.run, "full precision": arguments.twin}, arguments.out.with_suffix(".png"))
     line = json.dumps(result)
     print(line)
     arguments.out.write_text(line + "\n")
