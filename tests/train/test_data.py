@@ -43,12 +43,47 @@ def test_documents_of_every_container_in_path_order(tmp_path):
         ("a.jsonl", b"{", "a.jsonl, line 1: expected"),
         ("a.txt.xz", b"not xz", "a.txt.xz"),
         ("a.tar.gz", b"not tar", "a.tar.gz"),
+        ("a.tar", b"not tar", "a.tar: cannot be unpacked"),
+        ("a.txt.bz2", b"BZh9 not bz2", "a.txt.bz2: cannot be unpacked"),
+        ("a.tar.bz2", b"BZh9 not bz2", "a.tar.bz2: cannot be unpacked"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1: .* valid Unicode"),
+        ("a.jsonl", b"[" * 100000, "a.jsonl, line 1: expected"),
+        ("a.jsonl", b"1" * 10000, "a.jsonl, line 1: expected"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(data.read_documents(tmp_path, ("*",)))
+
+
+def test_line_ends_inside_strings_and_byte_order_marks(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a\u2028b\x85c"}\r\n\r\n{"text": "d"}\r\n'.encode())
+    (tmp_path / "b.txt").write_bytes("\ufeffe\r\nf".encode())
+    assert list(data.read_documents(tmp_path, ("*",))) == ["a\u2028b\x85c", "d", "e\r\nf"]
+
+
+def test_an_archive_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_TEXT_BYTES", 10**6)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"a" * 10**6))
+    assert len(next(data.read_documents(tmp_path, ("*",)))) == 10**6
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"a" * (10**6 + 1)))
+    with pytest.raises(ValueError, match=r"a.txt: holds more than 1000000 bytes; split it or leave it out"):
+        list(data.read_documents(tmp_path, ("*",)))
+
+
+def test_links_and_devices_in_an_archive_are_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("l", tarfile.SYMTYPE), ("h", tarfile.LNKTYPE), ("c", tarfile.CHRTYPE)):
+            entry = tarfile.TarInfo(f"{name}.txt")
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+        for name in ("/absolute.txt", "../above.txt"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(name)
+            archive.addfile(entry, io.BytesIO(name.encode()))
+    assert list(data.read_documents(tmp_path, ("*",))) == ["../above.txt", "/absolute.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -88,12 +123,23 @@ def test_finished_shards_are_reused_without_the_text(tmp_path):
     assert again.sha256 == first.sha256 and np.array_equal(again.train, first.train)
 
 
+@pytest.mark.parametrize("name", ["train.npy", "held_out.npy", "tokenizer.json", "corpus.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x93NUMPY\x01\x00"])
+def test_damaged_shards_are_named(tmp_path, name, content):
+    out = tmp_path / "out"
+    data.prepare(stories(tmp_path / "data"), out, ("*",), 300, 0.3, 16)
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match="out: the corpus is damaged"):
+        data.prepare(None, out, ("*",), 300, 0.3, 16)
+
+
 def test_too_little_text_is_refused(tmp_path):
     folder = stories(tmp_path / "data")
     with pytest.raises(ValueError, match="tokens, not 4096"):
         data.prepare(folder, tmp_path / "a", ("*",), 4096, 0.3, 16)
     with pytest.raises(ValueError, match="fewer than one sequence of 100000"):
         data.prepare(folder, tmp_path / "b", ("*",), 300, 0.3, 100000)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_batches_depend_on_seed_and_step_alone_and_cover_an_epoch():

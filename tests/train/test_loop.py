@@ -12,8 +12,9 @@ import pytest
 
 import tiny
 from onebit.formats import run as run_folder
+from onebit.formats import tensors
 from onebit.train import build, loop, train
-from onebit.train.loop import METRICS, STATE
+from onebit.train.loop import METRICS, PICTURE, STATE
 
 SMALL = ["data.vocab_size=300", "data.seq_len=32", "model.d_model=48", "model.d_ff=64", "batch_size=4"]
 
@@ -102,6 +103,7 @@ def test_what_is_refused(texts, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no text found"):
         train(recipe, tmp_path / "empty", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     train(recipe, texts, tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run"):
         train(recipe, texts, tmp_path / "run")
@@ -110,6 +112,40 @@ def test_what_is_refused(texts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         train(recipe, texts, tmp_path / "file")
+
+
+def test_a_corpus_without_a_recipe_is_made_again(texts, tmp_path):
+    # What a kill leaves behind between the two.
+    train(build("tiny", [*SMALL, "steps=1"]), texts, tmp_path / "run")
+    before = (tmp_path / "run" / "corpus" / "train.npy").read_bytes()
+    (tmp_path / "run" / "recipe.json").unlink()
+    train(build("tiny", [*SMALL, "steps=1", "data.vocab_size=290"]), texts, tmp_path / "run")
+    assert (tmp_path / "run" / "corpus" / "train.npy").read_bytes() != before
+
+
+def test_a_damaged_state_is_named(texts, tmp_path):
+    recipe = build("tiny", [*SMALL, "steps=2"])
+    train(recipe, texts, tmp_path / "run")
+    path = tmp_path / "run" / STATE
+    header, contents = tensors.split_header(tensors.map_file(path))
+    whole = {name: np.array(a) for name, a in tensors.views(header, contents).items()}
+    states = [("x", whole), ("3", whole), ("", whole), ("1", {}), ("1", dict(list(whole.items())[1:]))]
+    for step, state in states:
+        tensors.write(path, {"step": step}, state)
+        with pytest.raises(ValueError, match=rf"{STATE}: not the state"):
+            train(recipe, None, tmp_path / "run", resume=True)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{STATE}: .*truncated"):
+        train(recipe, None, tmp_path / "run", resume=True)
+
+
+def test_weights_that_are_no_numbers_are_never_saved(texts, tmp_path):
+    out = tmp_path / "run"
+    # The first step's loss is fine; its update is not.
+    settings = [*SMALL, "steps=3", "save_every=1", "optim.warmup_steps=0", "optim.lr=1e300"]
+    with pytest.raises(ValueError, match="training diverged"):
+        train(build("tiny", settings), texts, out)
+    assert not (out / STATE).exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_state(texts, tmp_path):
@@ -148,7 +184,7 @@ def test_a_disk_without_room_leaves_the_saved_state(texts, tmp_path, monkeypatch
     process = subprocess.run([sys.executable, "-c", program, texts, out], capture_output=True, text=True)
     assert process.returncode == 1 and f"{STATE}'" in process.stderr.splitlines()[-1]
     after = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    assert after.keys() == before.keys()
+    assert after.keys() - {out / PICTURE} == before.keys()
     assert all(after[path] == before[path] for path in before if path.name != METRICS)
     train(build("tiny", settings), None, out, resume=True)
     assert len(losses(out)) == 4

@@ -30,6 +30,17 @@ def test_overrides_reach_every_kind_of_field():
     assert build("stories", ["model.bos_token=none"]).model.bos_token is None
 
 
+def test_overrides_that_must_fit_together_come_in_any_order():
+    settings = [
+        "data.seq_len=1024",
+        "model.max_seq_len=1024",
+        "model.weights=dense",
+        "model.activations=none",
+    ]
+    assert build("stories", settings) == build("stories", settings[::-1])
+    assert build("stories", ["steps=3", "steps=5"]).steps == 5
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -38,7 +49,18 @@ def test_overrides_reach_every_kind_of_field():
         ("stories", ["optim.lrr=3"], "did you mean 'lr'"),
         ("stories", ["steps"], "expected a.b=c"),
         ("stories", ["steps=many"], "'many' does not fit; expected a whole number"),
-        ("stories", ["steps=0"], "expected at least 1"),
+        ("stories", ["steps=0"], "steps is 0; expected a whole number from 1 to"),
+        ("stories", ["batch_size=-4"], "batch_size is -4"),
+        ("stories", ["seed=-1"], "seed is -1"),
+        ("stories", ["seed=9223372036854775808"], "seed is 9223372036854775808"),
+        ("stories", ["threads=-1"], "threads is -1"),
+        ("stories", ["data.vocab_size=256"], "data.vocab_size is 256; expected a whole number from 257 to"),
+        ("stories", ["data.seq_len=0"], "data.seq_len is 0"),
+        ("stories", ["data.held_out=nan"], "data.held_out is nan; expected a number from 0.0 to 1.0"),
+        ("stories", ["optim.lr=nan"], "optim.lr is nan"),
+        ("stories", ["optim.lr=inf"], "optim.lr is inf"),
+        ("stories", ["optim.beta2=1"], "optim.beta2 is 1.0; expected a number from 0.0 to 0.999"),
+        ("stories", ["optim.warmup_steps=-1"], "optim.warmup_steps is -1"),
         ("stories", ["optim.lr=fast"], "expected a number"),
         ("stories", ["compile=maybe"], "expected true or false"),
         ("stories", ["precision=f64"], "expected bf16 or f32"),
@@ -60,7 +82,10 @@ def test_a_recipe_comes_back_from_its_file(name, tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe.to_dict()))
     assert read(path) == recipe
-    for content in ("{", "{}", "[]", '{"name": "x"}', path.read_text().replace("steps", "stepz")):
+    text = path.read_text()
+    damaged = [text.replace("steps", "stepz"), text.replace('"seed": 1', '"seed": 1.5')]
+    damaged += [text.replace('"threads": 1', '"threads": true'), "[" * 100000]
+    for content in ("{", "{}", "[]", '{"name": "x"}', '{"model": {}, "data": []}', *damaged):
         path.write_text(content)
         with pytest.raises(ValueError, match="not a recipe"):
             read(path)

@@ -7,6 +7,7 @@ is a pure function of the seed and the step, so a resumed run reads what the kil
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import tarfile
@@ -23,6 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from onebit.formats.files import write_file
 
 END_OF_TEXT = "<|endoftext|>"
+# Of one file or member, unpacked: a few kilobytes of archive may claim terabytes.
+MAX_TEXT_BYTES = 2**32
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
 
@@ -57,7 +60,7 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
             "path/archive.tar.xz/member".
 
     Raises:
-        ValueError: a damaged archive, a file that is not UTF-8 text, or JSON lines without a "text".
+        ValueError: a damaged archive, a file that is not UTF-8 text or too large, or JSON lines without a "text".
         FileNotFoundError: the folder does not exist.
     """
     check_folder(folder)
@@ -67,8 +70,12 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
             for member, raw in _open_members(path, name):
                 if any(fnmatch(member, pattern) for pattern in include):
                     yield from _split_documents(member, raw)
-        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{name}: cannot be unpacked ({error}); the file is damaged") from None
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            # bz2 and gzip report damage as an OSError without a number.
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name}: cannot be unpacked ({reason}); the file is damaged") from None
 
 
 def check_folder(folder: Path | None) -> Path:
@@ -103,8 +110,11 @@ def _open_members(path: Path, name: str) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _split_documents(name: str, raw: IO[bytes]) -> Iterator[str]:
+    content = raw.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name}: holds more than {MAX_TEXT_BYTES} bytes; split it or leave it out")
     try:
-        text = raw.read().decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: not UTF-8 text (byte {error.start}); re-encode it or leave it out"
@@ -112,15 +122,20 @@ def _split_documents(name: str, raw: IO[bytes]) -> Iterator[str]:
     if Path(name).suffix != ".jsonl":
         yield from (part.strip() for part in text.split(END_OF_TEXT) if part.strip())
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON strings may hold the other characters that end a line.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             document = json.loads(line)["text"]
             if not isinstance(document, str):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f'{name}, line {number}: expected a JSON object with a string "text"') from None
+            # An escape may stand for half a character.
+            document.encode()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(
+                f'{name}, line {number}: expected a JSON object with a string "text" of valid Unicode'
+            ) from None
         if document.strip():
             yield document.strip()
 
@@ -165,7 +180,7 @@ def prepare(
         seq_len: both parts must hold at least one sequence of this length.
 
     Raises:
-        ValueError: no text, too little text, or bad files.
+        ValueError: no text, too little text, or bad files; nothing is written then. Or damaged shards.
     """
     if not (out / "corpus.json").exists():
         documents = list(dict.fromkeys(read_documents(check_folder(data), include)))
@@ -174,29 +189,41 @@ def prepare(
                 f"{data}: no text found; expected .txt, .md or .jsonl files (plain, .gz, .xz, .bz2 or .tar) "
                 f"matching {', '.join(include)}"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        parts: dict[str, list[str]] = {"train": [], "held_out": []}
+        texts: dict[str, list[str]] = {"train": [], "held_out": []}
         for text in documents:
             first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-            parts["held_out" if first < held_out * 2**32 else "train"].append(text)
-        tokenizer = train_tokenizer(parts["train"], vocab_size)
-        digest = hashlib.sha256(tokenizer.to_str().encode())
-        for name, texts in parts.items():
-            tokens = _encode(tokenizer, texts)
-            digest.update(tokens.tobytes())
-            np.save(out / f"{name}.npy", tokens)
-        write_file(out / "tokenizer.json", [tokenizer.to_str().encode()])
-        # Written last: its presence says that the other files are whole.
-        about = {"sha256": digest.hexdigest(), "documents": len(documents)}
-        write_file(out / "corpus.json", [json.dumps(about).encode()])
-    corpus = _open(out)
-    for name, tokens in (("train", corpus.train), ("held_out", corpus.held_out)):
-        if len(tokens) <= seq_len:
-            raise ValueError(
-                f"{data or out}: the {name} part has {len(tokens)} tokens, fewer than one sequence of {seq_len} + 1; "
-                f"give more text or change data.held_out or data.seq_len"
-            )
-    return corpus
+            texts["held_out" if first < held_out * 2**32 else "train"].append(text)
+        tokenizer = train_tokenizer(texts["train"], vocab_size)
+        parts = {name: _encode(tokenizer, texts[name]) for name in texts}
+        for name, tokens in parts.items():
+            if len(tokens) <= seq_len:
+                raise ValueError(
+                    f"{data}: the {name} part has {len(tokens)} tokens, fewer than one sequence of {seq_len} + 1; "
+                    f"give more text or change data.held_out or data.seq_len"
+                )
+        _write(out, tokenizer, parts, len(documents))
+    try:
+        return _open(out)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the bindings raise a bare Exception
+        raise ValueError(
+            f"{out}: the corpus is damaged ({error}); delete it and resume with --data to make it again"
+        ) from None
+
+
+def _write(out: Path, tokenizer: Tokenizer, parts: dict[str, np.ndarray], n_documents: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(tokenizer.to_str().encode())
+    for name, tokens in parts.items():
+        digest.update(tokens.data)
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
+        write_file(out / f"{name}.npy", [header.getvalue(), tokens.data])
+    write_file(out / "tokenizer.json", [tokenizer.to_str().encode()])
+    # Written last: its presence says that the other files are whole.
+    about = {"sha256": digest.hexdigest(), "documents": n_documents}
+    write_file(out / "corpus.json", [json.dumps(about).encode()])
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -35,6 +36,7 @@ from onebit.train.recipes import Recipe, read
 STATE = "state.safetensors"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+_MOMENTS = (".exp_avg", ".exp_avg_sq")
 
 
 def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) -> None:
@@ -47,8 +49,8 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
         resume: continue from the last saved state.
 
     Raises:
-        ValueError: bad data, a run that is already there, nothing to resume, a recipe that is not the run's, or a loss
-            that is no longer a number (the last saved state is kept).
+        ValueError: bad data, a run that is already there, nothing to resume, a recipe that is not the run's, a damaged
+            state, or a loss that is no longer a number (the last saved state is kept).
         OSError: a missing folder, a full disk, ...
     """
     resumed = _open_run(recipe, data, out, resume)
@@ -56,6 +58,9 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
     corpus = text.prepare(
         data, out / "corpus", source.include, source.vocab_size, source.held_out, source.seq_len
     )
+    if not resume:
+        # From here on the folder holds a run; bad data has left no trace in it.
+        write_file(out / run.RECIPE, [json.dumps(recipe.to_dict(), indent=2).encode() + b"\n"])
     end = corpus.end_token
     config = replace(recipe.model, vocab_size=source.vocab_size, bos_token=end, eos_tokens=(end,))
 
@@ -70,7 +75,7 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
     optimizer = torch.optim.AdamW(
         [decayed, others], lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True
     )
-    first = _restore(out / STATE, model, optimizer) if resumed else 0
+    first = _restore(out / STATE, model, optimizer, recipe.steps) if resumed else 0
     _keep_metrics(out / METRICS, first)
     token_losses = torch.compile(_token_losses) if recipe.compile else _token_losses
 
@@ -185,7 +190,7 @@ def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[A
 
 
 def _open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool:
-    """Check that the folder may be used and write the recipe; return whether there is a state to restore."""
+    """Check that the folder may be used; return whether there is a state to restore."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out expects a folder")
     path = out / run.RECIPE
@@ -193,8 +198,8 @@ def _open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> boo
         if path.exists():
             raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
         text.check_folder(data)
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(path, [json.dumps(recipe.to_dict(), indent=2).encode() + b"\n"])
+        # A corpus without a recipe may be that of any other.
+        (out / "corpus" / "corpus.json").unlink(missing_ok=True)
         return False
     before, now = read(path).to_dict(), recipe.to_dict()
     for name in now:
@@ -216,25 +221,32 @@ def _save(
 ) -> None:
     """Write the state to resume from, then the model; each file is whole or the one before it."""
     weights = {name: _array(p) for name, p in model.named_parameters()}
-    state = dict(weights)
-    for name, parameter in model.named_parameters():
-        moments = optimizer.state[parameter]
-        state |= {f"{name}.{key}": _array(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
-    tensors.write(out / STATE, {"step": str(step)}, state)
     provenance = {
         "recipe": recipe.to_dict(),
         "corpus_sha256": corpus.sha256,
         "steps": step,
         "tokens": step * recipe.batch_size * recipe.data.seq_len,
     }
-    run.write(Checkpoint(model.config, {**weights}, corpus.tokenizer, None, provenance), out)
+    # Made before anything is written: it refuses weights that are no longer numbers.
+    checkpoint = Checkpoint(model.config, {**weights}, corpus.tokenizer, None, provenance)
+    state = dict(weights)
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state[parameter]
+        state |= {f"{name}{key}": _array(moments[key[1:]]) for key in _MOMENTS}
+    tensors.write(out / STATE, {"step": str(step)}, state)
+    run.write(checkpoint, out)
 
 
-def _restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-    """Load weights and moments; return the number of steps that were done."""
-    header, contents = tensors.split_header(tensors.map_file(path))
-    state = {name: torch.from_numpy(a.copy()) for name, a in tensors.views(header, contents).items()}
-    step = int(header["__metadata__"]["step"])
+def _restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, steps: int) -> int:
+    """Load weights and moments; return the number of steps that were done, at most those of the run."""
+    with tensors.named(path):
+        header, contents = tensors.split_header(tensors.map_file(path))
+        state = {name: torch.from_numpy(a.copy()) for name, a in tensors.views(header, contents).items()}
+        text = header["__metadata__"].get("step", "")
+        step = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+        shapes = {f"{n}{k}": p.shape for n, p in model.named_parameters() for k in ("", *_MOMENTS)}
+        if {name: a.shape for name, a in state.items()} != shapes or not 0 <= step <= steps:
+            raise ValueError("not the state of this recipe's model; the file is damaged")
     for name, parameter in model.named_parameters():
         parameter.data.copy_(state[name])
         optimizer.state[parameter] = {

@@ -6,14 +6,44 @@ Adding a recipe is adding a function to RECIPES. Every field can be overridden b
 """
 
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onebit.config import ModelConfig
 from onebit.train.optim import Schedule
+
+_ANY_COUNT = (1, 2**31 - 1)
+_ANY_SIZE = (0.0, sys.float_info.max)
+_BELOW_ONE = (0.0, math.nextafter(1, 0))
+# Smallest and largest value of the numbers in a recipe: whole ones where the limits are. The model checks its own.
+_LIMITS: dict[str, tuple[int, int] | tuple[float, float]] = {
+    "data.vocab_size": (257, 2**24 - 1),  # every byte and the end of a text have a token
+    "data.held_out": (0.0, 1.0),
+    "data.seq_len": _ANY_COUNT,
+    "optim.lr": _ANY_SIZE,
+    "optim.lr_second": _ANY_SIZE,
+    "optim.weight_decay": _ANY_SIZE,
+    "optim.weight_decay_second": _ANY_SIZE,
+    "optim.switch": (0.0, 1.0),
+    "optim.warmup_steps": (0, 2**31 - 1),
+    "optim.beta1": _BELOW_ONE,
+    "optim.beta2": _BELOW_ONE,
+    "optim.grad_clip": _ANY_SIZE,
+    "steps": _ANY_COUNT,
+    "batch_size": _ANY_COUNT,
+    "accumulate": _ANY_COUNT,
+    "threads": (0, 1024),
+    "seed": (0, 2**63 - 1),
+    "evaluate_every": _ANY_COUNT,
+    "evaluate_sequences": _ANY_COUNT,
+    "save_every": _ANY_COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -70,16 +100,13 @@ class Recipe:
     save_every: int = 250
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "evaluate_every",
-            "evaluate_sequences",
-            "save_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} is {getattr(self, name)}; expected at least 1")
+        for path, (low, high) in _LIMITS.items():
+            value = attrgetter(path)(self)
+            is_whole = isinstance(low, int)
+            fits = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
+            if not fits or not low <= value <= high:
+                kind = "whole number" if is_whole else "number"
+                raise ValueError(f"recipe: {path} is {value!r}; expected a {kind} from {low} to {high}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"recipe: accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
@@ -163,17 +190,19 @@ def build(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def override(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """Apply "a.b=c" overrides to a recipe.
+    """Apply "a.b=c" overrides to a recipe, all at once: fields that must fit together come in any order.
 
     Raises:
         ValueError: an unknown field (with the near miss), or a value of the wrong type.
     """
+    changes: dict[str, Any] = {}
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: expected a.b=c")
-        recipe = _override(recipe, path.split("."), value, path)
-    return recipe
+        _note(changes, recipe, path.split("."), value, path)
+    changed: Recipe = _changed(recipe, changes)
+    return changed
 
 
 def read(path: Path) -> Recipe:
@@ -193,11 +222,12 @@ def read(path: Path) -> Recipe:
         values["data"]["include"] = tuple(values["data"]["include"])
         values["data"], values["optim"] = Data(**values["data"]), Schedule(**values["optim"])
         return Recipe(**values)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a recipe that this version of onebit can read ({error})") from None
 
 
-def _override(node: Any, path: list[str], text: str, whole: str) -> Any:
+def _note(changes: dict[str, Any], node: Any, path: list[str], text: str, whole: str) -> None:
+    """Put an override into the tree of changes to a dataclass."""
     names = {f.name: f for f in fields(node)}
     if path[0] not in names:
         raise ValueError(f"--set {whole}: {type(node).__name__} has no {path[0]!r}{_near(path[0], names)}")
@@ -206,12 +236,18 @@ def _override(node: Any, path: list[str], text: str, whole: str) -> Any:
         if len(path) == 1:
             inner = ", ".join(f.name for f in fields(value))
             raise ValueError(f"--set {whole}: expected one of its fields, as {whole}.NAME={text} ({inner})")
-        return replace(node, **{path[0]: _override(value, path[1:], text, whole)})
+        _note(changes.setdefault(path[0], {}), value, path[1:], text, whole)
+        return
     if len(path) > 1:
         raise ValueError(
             f"--set {whole}: {path[0]} is a single value; there is no {'.'.join(path[1:])} in it"
         )
-    return replace(node, **{path[0]: _parse(text, get_type_hints(type(node))[path[0]], whole)})
+    changes[path[0]] = _parse(text, get_type_hints(type(node))[path[0]], whole)
+
+
+def _changed(node: Any, changes: dict[str, Any]) -> Any:
+    inner = {name: _changed(getattr(node, name), c) for name, c in changes.items() if isinstance(c, dict)}
+    return replace(node, **(changes | inner))
 
 
 def _parse(text: str, kind: Any, whole: str) -> Any:
