@@ -97,6 +97,25 @@ def test_errors_of_the_user_are_one_line_and_code_2(models, args, message, monke
     assert sorted(models.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_an_error_of_the_user(error, monkeypatch, capsys):
+    def refuse(*args):
+        raise error
+
+    monkeypatch.setattr("onebit.formats.convert", refuse)
+    monkeypatch.setattr("sys.argv", ["onebit", "convert", "a", "b.onebit"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "onebit: error: this machine has not enough memory for that\n"
+
+
 def test_a_bad_isa_is_an_error_of_the_user(models):
     code, out, err = cli("run", "x", "-m", "tiny.onebit", folder=models, ONEBIT_ISA="sse9")
     assert (code, out) == (2, "")

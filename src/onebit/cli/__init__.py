@@ -64,7 +64,10 @@ def main() -> None:
         code = 130
     except ImportError as error:
         code = _fail(_missing(error))
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch reports a lack of memory as a RuntimeError.
+        if isinstance(error, RuntimeError) and " memory" not in str(error):
+            raise
         code = _fail("this machine has not enough memory for that")
     except OSError as error:
         named = error.strerror and error.filename
