@@ -33,16 +33,18 @@ def train(
         for name, build in recipes.RECIPES.items():
             print(f"{name:16}{(build.__doc__ or '').splitlines()[0]}")
         return
+    if not resume and recipe is None:
+        raise ValueError("RECIPE is missing; as in: onebit train tiny --data texts --out runs/tiny")
     if out is None:
         raise ValueError("--out is missing; it names the run folder")
     if resume:
         built = recipes.override(recipes.read(out / "recipe.json"), overrides or [])
         if recipe not in (None, built.name):
             raise ValueError(f"{out} is a run of the recipe {built.name}, not {recipe}")
-    elif recipe is None or data is None:
-        missing = "RECIPE" if recipe is None else "--data"
-        raise ValueError(f"{missing} is missing; as in: onebit train tiny --data texts --out runs/tiny")
     else:
+        assert recipe is not None
+        if data is None:
+            raise ValueError("--data is missing; as in: onebit train tiny --data texts --out runs/tiny")
         built = recipes.build(recipe, overrides or [])
 
     from onebit.train import train as run
