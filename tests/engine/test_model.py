@@ -147,10 +147,12 @@ def test_inputs_longer_than_one_exact_dot_are_summed_in_parts():
 def test_a_library_that_flushes_denormals_changes_no_bit():
     config = tiny.config(tied_head=False, norm_eps=2e-38)
     packed = quantize(tiny.master(config))
-    # Activations among the denormals, which the norms lift: flushed, they would all be zero.
-    tensors = {n: t * np.float32(1e18) if n.endswith("norm.weight") else t for n, t in packed.tensors.items()}
-    embed = packed.tensors["embed.weight"]
-    tensors["embed.weight"] = embed._replace(scale=np.full_like(embed.scale, 1e-39))
+    # Embeddings among the denormals, which the first norm lifts: flushed, they would all be zero.
+    embed, gain = packed.tensors["embed.weight"], packed.tensors["layers.0.attn_norm.weight"]
+    tensors = packed.tensors | {
+        "embed.weight": embed._replace(scale=np.full_like(embed.scale, 1e-39)),
+        "layers.0.attn_norm.weight": gain * np.float32(1e18),
+    }
     model = Model(replace(packed, tensors=tensors), threads=2)
     kept = whole(model, prompt(20))
     assert torch.set_flush_denormal(True)
