@@ -18,8 +18,6 @@ NAMES = ["Ann", "Ben", "Cat", "Dan", "Eve"]
 THINGS = ["ball", "kite", "boat", "drum"]
 PROMPTS = [f"{name} had a {thing}" for name in NAMES for thing in THINGS]
 GREEDY_TOKENS = 100
-# Where torch adds floats in another order, an activation may round the other way; then logits differ by this much.
-ROUNDING = 0.05
 
 
 @pytest.fixture(scope="module", params=["b1.58", "b1"])
@@ -58,32 +56,16 @@ def test_codes_of_the_file_are_those_that_were_trained(journey):
 def test_greedy_text_of_the_engine_is_that_of_torch(journey):
     model = Transformer.from_checkpoint(run.read(journey / "run")).eval()
     llm = onebit.load(journey / "model.onebit")
-    texts, parted = [], 0
+    texts = set()
     for prompt in PROMPTS:
         ids = llm.tokenizer.encode(prompt)
         output = llm.generate(prompt, temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
         assert len(output.tokens) == GREEDY_TOKENS
         with torch.no_grad():
             logits = model(torch.tensor([[*ids, *output.tokens[:-1]]]))[0, len(ids) - 1 :]
-        best = logits.argmax(-1)
-        if best.tolist() != output.tokens:
-            # A float tie: torch's choice may differ only where its two candidates are as good as equal.
-            at = int((best != torch.tensor(output.tokens)).nonzero()[0])
-            assert logits[at, best[at]] - logits[at, output.tokens[at]] < ROUNDING
-            parted += 1
-        texts.append(output.text)
-    assert parted <= 1
-    assert len(set(texts)) > 1
-
-
-def test_logits_of_the_engine_are_those_of_torch(journey):
-    model = Transformer.from_checkpoint(run.read(journey / "run")).eval()
-    llm = onebit.load(journey / "model.onebit")
-    ids = llm.tokenizer.encode("Ann had a kite. Ben had a drum. They played with the")
-    with torch.no_grad():
-        expected = model(torch.tensor([ids]))[0].numpy()
-    difference = np.abs(llm.logits(ids) - expected)
-    assert np.median(difference) < 1e-4 and difference.max() < ROUNDING
+        assert logits.argmax(-1).tolist() == output.tokens
+        texts.add(output.text)
+    assert len(texts) > 1
 
 
 def test_the_file_and_the_run_folder_are_the_same_model(journey):

@@ -55,8 +55,11 @@ class _BitLinear(torch.autograd.Function):
         x_codes = x_codes.to(dtype)
         if isinstance(granularity, int):
             w = torch.cat([dequantize(codes, scale) for codes, scale in quantized]).to(dtype)
-            y = F.linear(x_codes, w).float()
             w_scale = torch.ones_like(w[:, 0], dtype=torch.float32)
+            if dtype == torch.float32:
+                y = _sum_groups(x_codes, quantized, granularity)
+            else:
+                y = F.linear(x_codes, w).float()
         else:
             w = torch.cat([codes.to(dtype) for codes, _ in quantized])
             w_scale = torch.cat([scale.expand(codes.shape[0]) for codes, scale in quantized])
@@ -73,6 +76,16 @@ class _BitLinear(torch.autograd.Function):
         scaled = (grad_y * x_scale).to(dtype).flatten(0, -2)
         grad_w = (scaled.T @ x_codes.flatten(0, -2)).float()
         return grad_x, None, None, None, *grad_w.split(ctx.rows)
+
+
+def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: int) -> Tensor:
+    """The exact sum of each group times its scale, added in ascending order; float32 [..., n]."""
+    w_codes, w_scale = (torch.cat(parts) for parts in zip(*quantized, strict=True))
+    y = torch.zeros(())
+    for g, start in enumerate(range(0, w_codes.shape[1], group)):
+        inputs = slice(start, start + group)
+        y = y + F.linear(x_codes[..., inputs], w_codes[:, inputs]) * w_scale[:, g]
+    return y
 
 
 def straight_through(x: Tensor, quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:

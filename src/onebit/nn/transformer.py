@@ -1,7 +1,7 @@
 """The whole model in one file: a decoder-only transformer with quantised linear layers.
 
-Mirrors core/src/model.cpp name by name. In eval mode and float32 it computes what the engine computes, up to the
-order of float sums; in training it is the same function under autocast, with straight-through gradients.
+Mirrors core/src/model.cpp name by name. In eval mode its logits are those of the engine, bit for bit; in training it is
+the same function in torch's own order of operations, under autocast and with straight-through gradients.
 
 Legend: B batch, T tokens, D d_model, F d_ff, N heads, K kv heads, H d_head, V vocabulary.
 """
@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
+from onebit.nn import ordered
 from onebit.nn.bitlinear import bit_linear, int8_rows, int15_activations
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
+    """y = x / sqrt(mean(x^2) + eps) * gain, over the last axis; in eval mode to the bit what the engine computes."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -26,7 +27,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, float32 [..., width]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.training:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return ordered.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Module):
@@ -66,14 +69,23 @@ class Block(nn.Module):
         # The cache holds bfloat16, so keys and values are rounded here too.
         k_BKTH = rope(_heads(k, c.n_kv_heads), cos_TH, sin_TH).bfloat16().float()
         v_BKTH = _heads(v, c.n_kv_heads).bfloat16().float()
-        a_BNTH = F.scaled_dot_product_attention(
-            q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=c.n_kv_heads != c.n_heads
-        )
+        if self.training:
+            grouped = c.n_kv_heads != c.n_heads
+            a_BNTH = F.scaled_dot_product_attention(
+                q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=grouped
+            )
+        else:
+            group = c.n_heads // c.n_kv_heads
+            k_BNTH, v_BNTH = (x.repeat_interleave(group, dim=1) for x in (k_BKTH, v_BKTH))
+            a_BNTH = ordered.attend(q_BNTH, k_BNTH, v_BNTH)
         a = a_BNTH.float().transpose(1, 2).flatten(2)
         x_BTD = x_BTD + self.linear(self.attn_sub_norm(a) if c.sub_norm else a, "o")[0]
 
         gate, up = self.linear(self.ffn_norm(x_BTD), "gate", "up")
-        f_BTF = (F.relu(gate).square() if c.activation == "relu2" else F.silu(gate)) * up
+        if c.activation == "relu2":
+            f_BTF = F.relu(gate).square() * up
+        else:
+            f_BTF = (F.silu(gate) if self.training else ordered.silu(gate)) * up
         return x_BTD + self.linear(self.ffn_sub_norm(f_BTF) if c.sub_norm else f_BTF, "down")[0]
 
 
@@ -137,11 +149,12 @@ class Transformer(nn.Module):
         for block in self.layers:
             x_BTD = block(x_BTD, cos_TH, sin_TH)
         x_BTD = self.norm(x_BTD)
-        if self.config.tied_head:
-            head_VD = embed_VD
-        else:
-            head_VD = int8_rows(self.head.weight) if quantized else self.head.weight
-        return F.linear(int15_activations(x_BTD) if quantized else x_BTD, head_VD).float()
+        head_VD = (self.embed if self.config.tied_head else self.head).weight
+        if not quantized:
+            return F.linear(x_BTD, head_VD).float()
+        if not self.training:
+            return ordered.head(x_BTD, head_VD)
+        return F.linear(int15_activations(x_BTD), int8_rows(head_VD)).float()
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,103 @@
+"""Float work in the order that the engine follows, so that a model in eval mode gives its logits to the bit.
+
+The definitions are in docs/numerics.md, the fast twins in core/src/kernels. Slow, and without gradients worth having:
+training uses torch's own operations.
+
+Legend: B batch, T tokens, N heads, H d_head, J keys of a block.
+"""
+
+import torch
+from torch import Tensor
+
+from onebit.quant import lane_sum, quantize_a15, quantize_rows
+
+# Positions that make up one split of the keys.
+SPLIT_KEYS = 64
+
+_INVERSE_LN_2 = float.fromhex("0x1.715476p+0")
+# ln 2 in two parts, the first short enough for a multiple of it to be exact.
+_LN_2 = float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")
+_COEFFICIENTS = [
+    float.fromhex(c)
+    for c in ("0x1.6a23dcp-10", "0x1.123a26p-7", "0x1.5558f4p-5", "0x1.55549p-3", "0x1.fffffcp-2")
+]
+
+
+def exp(x: Tensor) -> Tensor:
+    """The engine's exponential, float32: 0 below -87, infinity above 88, within 1e-7 between."""
+    n = (x * _INVERSE_LN_2).round().clamp(-126, 127)
+    r = (x - n * _LN_2[0]) - n * _LN_2[1]
+    p = torch.full_like(x, _COEFFICIENTS[0])
+    for coefficient in _COEFFICIENTS[1:]:
+        p = p * r + coefficient
+    power = ((n.nan_to_num().int() + 127) << 23).view(torch.float32)
+    y = (1 + (r + (r * r) * p)) * power
+    return torch.where(x < -87, 0.0, torch.where(x > 88, torch.inf, y))
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """(x * (1 / sqrt(lane_sum(x^2) / n + eps))) * gain, float32 [..., n]."""
+    mean = lane_sum(x * x) / x.shape[-1]
+    # torch's float32 square root is not correctly rounded; the float64 one, rounded once more, is.
+    return x * (1 / (mean + eps).double().sqrt().float()) * gain
+
+
+def silu(x: Tensor) -> Tensor:
+    """The gate of SwiGLU: x / (1 + exp(-x)), float32."""
+    return x / (1 + exp(-x))
+
+
+def attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+    """Causal attention with the keys cut into splits of 64, which merge in ascending order.
+
+    Args:
+        q_BNTH: float32 [B, N, T, H].
+        k_BNTH: float32 [B, N, T, H], values of bfloat16.
+        v_BNTH: like k_BNTH.
+
+    Returns:
+        float32 [B, N, T, H].
+    """
+    n_tokens, width = q_BNTH.shape[-2:]
+    inv_sqrt = 1 / torch.tensor(float(width), dtype=torch.float64).sqrt().float()
+    at = torch.arange(n_tokens)
+    out = total = m = torch.zeros(())
+    for start in range(0, n_tokens, SPLIT_KEYS):
+        k_BNJH, v_BNJH = (x[:, :, start : start + SPLIT_KEYS] for x in (k_BNTH, v_BNTH))
+        visible_TJ = at[:, None] >= at[start : start + SPLIT_KEYS]
+        score = lane_sum(q_BNTH[:, :, :, None] * k_BNJH[:, :, None])[..., 0] * inv_sqrt
+        score = score.masked_fill(~visible_TJ, -torch.inf)
+        split_m = score.amax(-1, keepdim=True)
+        p_BNTJ = torch.where(visible_TJ, exp(score - split_m), 0.0)
+        split_total = lane_sum(p_BNTJ)
+        o_BNTH = torch.zeros_like(q_BNTH)
+        for j in range(k_BNJH.shape[2]):
+            o_BNTH = o_BNTH + p_BNTJ[..., j : j + 1] * v_BNJH[:, :, None, j]
+        if start == 0:
+            out, total, m = o_BNTH, split_total, split_m
+            continue
+        new_m = torch.maximum(m, split_m)
+        keep, take = exp(m - new_m), exp(split_m - new_m)
+        # Tokens before this split see none of it.
+        sees = (at >= start)[:, None]
+        out = torch.where(sees, out * keep + o_BNTH * take, out)
+        total = torch.where(sees, total * keep + split_total * take, total)
+        m = new_m
+    return out / total
+
+
+def head(x: Tensor, w: Tensor) -> Tensor:
+    """Logits as the engine computes them: int8 rows times 15-bit activations, an exact sum rounded once.
+
+    Args:
+        x: float32 [..., n].
+        w: float32 [V, n].
+
+    Returns:
+        float32 [..., V].
+    """
+    w_codes, w_scale = quantize_rows(w, 8)
+    x_codes, x_scale = quantize_a15(x)
+    # Whole numbers below 2^53: exact in float64 in any order.
+    sums = x_codes.double() @ w_codes.double().T
+    return (sums.float() * w_scale) * x_scale
