@@ -1,6 +1,7 @@
 """Exact: exit codes, what goes to stdout and stderr, and that a verb imports no more than it needs."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -93,7 +94,7 @@ def test_errors_of_the_user_are_one_line_and_code_2(models, args, message, monke
     assert end.value.code == 2
     assert err.startswith("onebit: error: ") and err.count("\n") == 1, err
     assert message in err
-    assert out == "" or args[0] == "info"
+    assert out == ""
     assert sorted(models.iterdir()) == before
 
 
@@ -129,6 +130,27 @@ def test_train_without_torch_names_the_extra(models):
     code, out, err = cli(*args, folder=models, PYTHONPATH=python_path(models / "blocked"))
     assert (code, out) == (2, "")
     assert err == 'onebit: error: torch is not installed; training needs it: pip install "onebit[train]"\n'
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_ctrl_c_in_training_says_how_to_go_on(has_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+
+    def stop(recipe, data, out, resume):
+        out.mkdir()
+        if has_run:
+            (out / "recipe.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onebit.train.train", stop)
+    out = str(tmp_path / "my run")
+    monkeypatch.setattr("sys.argv", ["onebit", "train", "tiny", "--data", "texts", "--out", out])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    hint = f"onebit: stopped; go on with: onebit train --out {shlex.quote(out)} --resume"
+    shown, err = capsys.readouterr()
+    assert (shown, err.strip()) == ("", hint if has_run else "")
 
 
 def python_path(first):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -48,12 +49,30 @@ def test_info_shows_machine_and_model(folder):
     assert shown["threads"] == ["2"]
     assert shown["label"] == ["W1.58A8KV16"]
     assert shown["context"] == ["192 tokens"]
-    assert shown["recipe.name"] == ["tiny"]
+    assert shown["encoding"] == ["t80"]
     for part in parts(quantize(tiny.master())):
         assert shown[part.name][-1] == f"{part.n_bytes:,}"
         assert not part.n_weights or shown[part.name][1] == f"{part.bits_per_weight:.2f}"
     shares = [float(share.split(": ")[1].rstrip("%")) for share in shown["codes"][0].split(", ")]
     assert len(shares) == 3 and abs(sum(shares) - 100) < 0.2
+
+
+def test_info_sums_up_the_provenance(tmp_path):
+    recipe = {"name": "tiny", "optim": {"lr": 0.003}}
+    provenance = {
+        "corpus_sha256": "0123456789abcdef" * 4,
+        "by": "[me]",
+        "recipe": recipe,
+        "steps": 9,
+        "files": [],
+    }
+    packed = replace(quantize(tiny.master()), provenance=provenance)
+    formats.write(packed, tmp_path / "tiny.onebit")
+    code, out, _ = cli(tmp_path, "info", "tiny.onebit")
+    assert code == 0
+    shown = list(rows(out[out.index("provenance") :]).items())
+    expected = {"recipe": "tiny", "steps": "9", "corpus_sha256": "0123456789abcdef", "by": "[me]"}
+    assert shown[2:] == [(name, [value]) for name, value in expected.items()]
 
 
 def test_info_shows_a_run_folder_as_it_is_packed(folder):

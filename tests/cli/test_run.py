@@ -75,6 +75,11 @@ def test_every_flag_is_the_argument_of_that_name(llm, model):
     assert out == llm.generate("The dog", ignore_eos=True, stop=["~~", "e"], **params).text + "\n"
 
 
+def test_a_text_of_one_token_has_no_rate(model):
+    _, err = run(model, "Once upon", "--max-tokens", "1", "--seed", "7")
+    assert re.fullmatch(rf"1 token \| first token after [\d.]+ s \| {MACHINE} \| seed 7\n", err)
+
+
 @pytest.mark.parametrize("stdin", [b"Once upon\n", b"Once upon\r\n", b"Once upon"])
 def test_prompt_comes_from_a_pipe(llm, model, stdin):
     out, _ = run(model, *MAX_TOKENS, "--seed", "7", stdin=stdin)
@@ -205,17 +210,26 @@ def test_ctrl_c_stops_the_text_and_keeps_the_chat(model, tmp_path):
     terminal.write("Once upon\n")
     seen = terminal.wait_for("Once upon\r?\n.{3}", seen)
     terminal.write("\x03")
-    seen = terminal.wait_for(r"stopped after \d+ tokens", seen)
+    seen = terminal.wait_for(rf"stopped after \d+ tokens \| {MACHINE} \| seed \d+", seen)
     seen = terminal.wait_for("> ", seen)
     assert terminal.leave("\x04") == 0
 
 
 @posix
-def test_ctrl_c_at_the_question_ends_with_130(model):
-    terminal = Terminal(command(model))
-    terminal.wait_for("> ")
+@pytest.mark.parametrize("typed", ["", "half a li"])
+def test_ctrl_c_at_the_question_asks_again(model, typed):
+    terminal = Terminal(command(model, *MAX_TOKENS))
+    seen = terminal.wait_for("> ")
+    terminal.write(typed)
+    seen = terminal.wait_for(typed, seen)
     # Python overlooks a signal that comes just before input() waits, so one key press may not do.
-    assert terminal.leave("\x03") == 130
+    for _ in range(12):
+        terminal.write("\x03")
+        if terminal.read(5) and re.search(r"\n.*> ", terminal.text[seen:]):
+            break
+    terminal.wait_for(r"\n.*> ", seen)
+    assert "tokens" not in terminal.text[seen:]
+    assert terminal.leave("\x04") == 0
 
 
 @posix
@@ -228,4 +242,4 @@ def test_ctrl_c_ends_a_single_text_with_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert re.fullmatch(rf"stopped after \d+ tokens \| {MACHINE}\n", err.decode())
+    assert re.fullmatch(rf"stopped after \d+ tokens? \| {MACHINE} \| seed \d+\n", err.decode())

@@ -11,7 +11,11 @@ def convert(
     src: Annotated[Path, typer.Argument(help="A run folder or a .onebit file.")],
     dst: Annotated[Path, typer.Argument(help="The .onebit file to write.")],
     encoding: Annotated[
-        str | None, typer.Option(help="Layout of ternary weights: t80 (smallest) or r64 (simplest).")
+        str | None,
+        typer.Option(
+            help="Layout of the linear layers; default: t80 for b1.58, b128 for b1, and a .onebit file keeps its own. "
+            "r64 is the simplest for b1.58.",
+        ),
     ] = None,
 ) -> None:
     """Pack a trained model into one .onebit file.

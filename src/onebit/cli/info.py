@@ -32,8 +32,6 @@ def info(
     from onebit.checkpoint import quantize
     from onebit.llm import SHIPPED_MODEL
 
-    console = Console()
-    console.print(_machine_table())
     path = SHIPPED_MODEL if model is None else model
     checkpoint = formats.read(path)
     if verify:
@@ -43,6 +41,8 @@ def info(
     if checkpoint.config.weights != "dense":
         # A run folder is shown as the engine packs it.
         checkpoint = quantize(checkpoint)
+    console = Console()
+    console.print(_machine_table())
     console.print(_model_table(path, checkpoint))
     console.print(parts_table(checkpoint))
     if checkpoint.provenance:
@@ -79,6 +79,7 @@ def _machine_table() -> "Table":
 
 def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     from onebit.checkpoint import code_histogram
+    from onebit.packing import PackedTensor
 
     config = checkpoint.config
     table = _table("model", str(path))
@@ -91,6 +92,12 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     table.add_row("vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tied_head else 'own'} head")
     table.add_row("context", f"{config.max_seq_len:,} tokens")
     if checkpoint.is_packed:
+        encodings = {
+            tensor.encoding
+            for name, tensor in checkpoint.tensors.items()
+            if isinstance(tensor, PackedTensor) and config.is_linear(name)
+        }
+        table.add_row("encoding", ", ".join(sorted(encodings)))
         shares = code_histogram(checkpoint)
         table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
     table.add_row("chat template", "yes" if checkpoint.chat_template else "no")
@@ -101,17 +108,22 @@ def _provenance_table(checkpoint: "Checkpoint") -> "Table":
     from rich.markup import escape
 
     table = _table("provenance", "")
-    for name, value in _flatten("", checkpoint.provenance):
+    for name, value in _summary(checkpoint.provenance):
         table.add_row(escape(name), escape(value))
     return table
 
 
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flatten(f"{prefix}.{name}" if prefix else str(name), inner)
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
+def _summary(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The recipe by its name, a hash by its start, and what else is a plain value."""
+    known = [name for name in ("recipe", "steps", "tokens", "corpus_sha256") if name in provenance]
+    for name in dict.fromkeys([*known, *provenance]):
+        value = provenance[name]
+        if name == "recipe" and isinstance(value, dict):
+            value = value.get("name")
+        if value is None or isinstance(value, (dict, list)):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield name, text[:16] if name == "corpus_sha256" else text
 
 
 def _table(*columns: str) -> "Table":

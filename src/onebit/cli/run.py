@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -75,6 +76,11 @@ def run(
 
 def _stream(llm: "LLM", prompt: "Prompt", params: "SamplingParams") -> tuple[str, bool]:
     """Print a text as it grows; returns it, and whether it ended before Ctrl-C did."""
+    from onebit.engine.sampling import random_seed
+
+    # Drawn here, so that a text that is stopped can name its seed too.
+    seed = random_seed() if params.seed is None else params.seed
+    params = replace(params, seed=seed)
     texts: list[str] = []
     output = None
     try:
@@ -85,20 +91,22 @@ def _stream(llm: "LLM", prompt: "Prompt", params: "SamplingParams") -> tuple[str
     except KeyboardInterrupt:
         pass
     print(flush=True)
-    print(_summary(llm, output, len(texts)), file=sys.stderr)
+    print(_summary(llm, output, len(texts), seed), file=sys.stderr)
     return "".join(texts), output is not None
 
 
-def _summary(llm: "LLM", output: "Output | None", n_tokens: int) -> str:
-    threads = "1 thread" if llm.model.threads == 1 else f"{llm.model.threads} threads"
-    machine = f"{llm.model.isa} kernels, {threads}"
+def _summary(llm: "LLM", output: "Output | None", n_tokens: int, seed: int) -> str:
+    tokens = "1 token" if n_tokens == 1 else f"{n_tokens} tokens"
     if output is None:
-        return f"stopped after {n_tokens} tokens | {machine}"
-    timings = output.timings
-    return (
-        f"{n_tokens} tokens | {timings.tok_per_s:.1f} tokens/s | first token after {timings.first_token_s:.3f} s | "
-        f"{machine} | seed {output.seed}"
-    )
+        facts = [f"stopped after {tokens}"]
+    else:
+        facts = [tokens]
+        # A text of one token has no rate.
+        if output.timings.tok_per_s:
+            facts.append(f"{output.timings.tok_per_s:.1f} tokens/s")
+        facts.append(f"first token after {output.timings.first_token_s:.3f} s")
+    threads = "1 thread" if llm.model.threads == 1 else f"{llm.model.threads} threads"
+    return " | ".join([*facts, f"{llm.model.isa} kernels, {threads}", f"seed {seed}"])
 
 
 def _chat(llm: "LLM", params: "SamplingParams") -> None:
@@ -122,7 +130,7 @@ def _chat(llm: "LLM", params: "SamplingParams") -> None:
 
 
 def _ask() -> str | None:
-    """One line of the user, or None to leave."""
+    """One line of the user, empty after Ctrl-C, or None to leave."""
     try:
         if _is_terminal(sys.stdout):
             line = input("> ")
@@ -132,6 +140,9 @@ def _ask() -> str | None:
     except EOFError:
         print(file=sys.stderr)
         return None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return ""
     return None if line.strip() == "/exit" else line
 
 

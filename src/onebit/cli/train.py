@@ -1,5 +1,7 @@
 """`onebit train`: from a folder of text to a run folder."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,4 +51,12 @@ def train(
 
     from onebit.train import train as run
 
-    run(built, data, out, resume)
+    try:
+        run(built, data, out, resume)
+    except KeyboardInterrupt:
+        # Before its corpus is made, a run leaves nothing to go on with.
+        if not (out / "recipe.json").exists():
+            raise
+        again = shlex.join(["onebit", "train", "--out", str(out), "--resume"])
+        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
