@@ -115,6 +115,28 @@ def test_shards_hold_each_document_once_and_parts_are_disjoint(tmp_path):
         assert corpus.token_bytes[tokens].sum() == sum(len(text.encode()) for text in texts)
 
 
+def test_a_single_book_is_held_out_in_parts(tmp_path):
+    (tmp_path / "data").mkdir()
+    book = "\n".join(f"Line {i} of the book says {i * i}." for i in range(2000))
+    (tmp_path / "data" / "book.txt").write_text(book)
+    corpus = data.prepare(tmp_path / "data", tmp_path / "out", ("*",), 300, 0.1, 64)
+    tokenizer = Tokenizer.from_buffer(corpus.tokenizer)
+    parts = [
+        tokenizer.decode(tokens.tolist(), skip_special_tokens=False).split(data.END_OF_TEXT)[:-1]
+        for tokens in (corpus.train, corpus.held_out)
+    ]
+    assert len(corpus.held_out) > 64
+    assert "".join(sorted(parts[0] + parts[1], key=book.index)) == book
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_pieces_end_with_lines_or_words_and_lose_nothing():
+    for text in ("a" * 10000, "word " * 3000, ("x" * 99 + "\n") * 100, "short"):
+        pieces = data._cut(text)
+        assert "".join(pieces) == text and all(0 < len(p) <= data.PIECE_CHARACTERS for p in pieces)
+    assert all(piece.endswith(" ") for piece in data._cut("word " * 3000))
+
+
 def test_finished_shards_are_reused_without_the_text(tmp_path):
     folder = stories(tmp_path / "data")
     first = data.prepare(folder, tmp_path / "out", ("*",), 300, 0.3, 16)

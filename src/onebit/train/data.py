@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,10 @@ from onebit.formats.files import write_file
 END_OF_TEXT = "<|endoftext|>"
 # Of one file or member, unpacked: a few kilobytes of archive may claim terabytes.
 MAX_TEXT_BYTES = 2**32
+# Of a document, when it is decided what to hold out: a book is held out in parts, a story whole.
+PIECE_CHARACTERS = 4096
+# More than any tokenizer that is trained here joins on average.
+CHARACTERS_PER_TOKEN = 8
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
 
@@ -164,6 +169,53 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def divide(documents: list[str], held_out: float, enough: int) -> dict[str, list[str]]:
+    """Divide documents into those to train on and those that are held out.
+
+    Long documents are cut into pieces first, and a piece is held out when the hash of its text is among the smallest:
+    the choice depends on nothing but the texts. What is left of a document between held-out pieces stays together.
+
+    Args:
+        documents: distinct texts.
+        held_out: share of the pieces to hold out.
+        enough: characters to hold out at least, up to half of all.
+
+    Returns:
+        {"train": texts, "held_out": texts}
+    """
+    cut = [_cut(text) for text in documents]
+    hashes = {piece: hashlib.sha256(piece.encode()).digest()[:4] for pieces in cut for piece in pieces}
+    enough = min(enough, sum(map(len, documents)) // 2)
+    taken, size = set(), 0
+    for piece, first in sorted(hashes.items(), key=lambda item: item[1]):
+        if int.from_bytes(first, "big") >= held_out * 2**32 and size >= enough:
+            break
+        taken.add(piece)
+        size += len(piece)
+    parts: dict[str, list[str]] = {"train": [], "held_out": []}
+    for pieces in cut:
+        for is_held_out, run in groupby(pieces, key=taken.__contains__):
+            parts["held_out" if is_held_out else "train"].append("".join(run))
+    return parts
+
+
+def _cut(text: str) -> list[str]:
+    """Pieces of at most PIECE_CHARACTERS, cut after a line or else a word where there is one."""
+    pieces = []
+    while len(text) > PIECE_CHARACTERS:
+        at = (
+            max(
+                text.rfind("\n", 0, PIECE_CHARACTERS),
+                text.rfind(" ", PIECE_CHARACTERS // 2, PIECE_CHARACTERS),
+            )
+            + 1
+        )
+        at = at or PIECE_CHARACTERS
+        pieces.append(text[:at])
+        text = text[at:]
+    return [*pieces, text]
+
+
 def prepare(
     data: Path | None, out: Path, include: tuple[str, ...], vocab_size: int, held_out: float, seq_len: int
 ) -> Corpus:
@@ -176,7 +228,7 @@ def prepare(
         out: folder for tokenizer.json, train.npy and held_out.npy; finished ones are reused.
         include: see `read_documents`.
         vocab_size: of the tokenizer.
-        held_out: share of the documents that are never trained on.
+        held_out: share of the text that is never trained on; see `divide`.
         seq_len: both parts must hold at least one sequence of this length.
 
     Raises:
@@ -189,10 +241,7 @@ def prepare(
                 f"{data}: no text found; expected .txt, .md or .jsonl files (plain, .gz, .xz, .bz2 or .tar) "
                 f"matching {', '.join(include)}"
             )
-        texts: dict[str, list[str]] = {"train": [], "held_out": []}
-        for text in documents:
-            first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-            texts["held_out" if first < held_out * 2**32 else "train"].append(text)
+        texts = divide(documents, held_out, CHARACTERS_PER_TOKEN * (seq_len + 1))
         tokenizer = train_tokenizer(texts["train"], vocab_size)
         parts = {name: _encode(tokenizer, texts[name]) for name in texts}
         for name, tokens in parts.items():

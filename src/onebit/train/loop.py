@@ -130,6 +130,11 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
                 _save(out, model, optimizer, corpus, recipe, step + 1)
             note = f"loss {loss:.3f}, {record['tok_per_s']} tok/s"
             progress.update(bar, completed=step + 1, note=note)
+    if first < recipe.steps:
+        console.print(
+            f"Held-out text: {record['held_out_bits_per_byte']:.3f} bits per byte.", highlight=False
+        )
+    console.print(f"The model is in {out}: onebit run -m {out}", highlight=False, soft_wrap=True)
 
 
 def bits_per_byte(model: Transformer, corpus: text.Corpus, seq_len: int, limit: int | None = None) -> float:
