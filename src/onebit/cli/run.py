@@ -112,21 +112,32 @@ def _summary(llm: "LLM", output: "Output | None", n_tokens: int, seed: int) -> s
 def _chat(llm: "LLM", params: "SamplingParams") -> None:
     with suppress(ImportError):
         import readline  # noqa: F401, gives input() line editing and history
-    template = llm.tokenizer.chat_template
-    hint = "Talk to the model." if template else "Write the start of a text; the model continues it."
+    talks = llm.tokenizer.chat_template is not None
+    hint = "Talk to the model." if talks else "Write the start of a text; the model continues it."
     print(hint, "Ctrl-C stops a text, Ctrl-D or /exit leaves.", file=sys.stderr)
     messages: list[dict[str, str]] = []
-    while (line := _ask()) is not None:
-        if not line.strip():
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        try:
-            text, _ = _stream(llm, llm.tokenizer.encode_chat(asked) if template else line, params)
-        except ValueError as error:
-            # Most often a conversation that outgrew the context: the chat goes on without this line.
-            print(f"onebit: error: {error}", file=sys.stderr)
-            continue
-        messages = [*asked, {"role": "assistant", "content": text}]
+    goes_on = True
+    while goes_on:
+        # Ctrl-C may also come between a text and the next question.
+        with suppress(KeyboardInterrupt):
+            goes_on = _turn(llm, params, messages)
+
+
+def _turn(llm: "LLM", params: "SamplingParams", messages: list[dict[str, str]]) -> bool:
+    """Ask the user, stream the answer and add both to the messages; False when the user leaves."""
+    line = _ask()
+    if line is None or not line.strip():
+        return line is not None
+    asked = [*messages, {"role": "user", "content": line}]
+    talks = llm.tokenizer.chat_template is not None
+    try:
+        text, _ = _stream(llm, llm.tokenizer.encode_chat(asked) if talks else line, params)
+    except ValueError as error:
+        # Most often a conversation that outgrew the context: the chat goes on without this line.
+        print(f"onebit: error: {error}", file=sys.stderr)
+    else:
+        messages[:] = [*asked, {"role": "assistant", "content": text}]
+    return True
 
 
 def _ask() -> str | None:
