@@ -1,5 +1,7 @@
 """Oracle, exact: two implementations of one forward pass, torch in eval mode and the compiled core, to the bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -31,3 +33,24 @@ def test_logits_are_the_same_bits(name, monkeypatch):
     for isa in available_isas():
         monkeypatch.setenv("ONEBIT_ISA", isa)
         assert np.array_equal(LLM(quantize(master)).logits(tokens), expected)
+
+
+def test_a_library_that_flushes_denormals_changes_no_bit():
+    config = tiny.config(tied_head=False, norm_eps=2e-38)
+    packed = quantize(tiny.master(config))
+    # Embeddings among the denormals, which the first norm lifts: flushed, they would all be zero.
+    embed, gain = packed.tensors["embed.weight"], packed.tensors["layers.0.attn_norm.weight"]
+    tensors = packed.tensors | {
+        "embed.weight": embed._replace(scale=np.full_like(embed.scale, 1e-39)),
+        "layers.0.attn_norm.weight": gain * np.float32(1e18),
+    }
+    llm = LLM(replace(packed, tensors=tensors), threads=2)
+    kept = llm.logits(range(20))
+    assert torch.set_flush_denormal(True)
+    try:
+        assert np.float32(1e-39) * np.float32(0.5) == 0
+        assert np.array_equal(llm.logits(range(20)), kept)
+        assert np.float32(1e-39) * np.float32(0.5) == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.ptp(kept) > 1
