@@ -60,7 +60,7 @@ def attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     """
     n_tokens, width = q_BNTH.shape[-2:]
     inv_sqrt = 1 / torch.tensor(float(width), dtype=torch.float64).sqrt().float()
-    at = torch.arange(n_tokens)
+    at = torch.arange(n_tokens, device=q_BNTH.device)
     out = total = m = torch.zeros(())
     for start in range(0, n_tokens, SPLIT_KEYS):
         k_BNJH, v_BNJH = (x[:, :, start : start + SPLIT_KEYS] for x in (k_BNTH, v_BNTH))
