@@ -228,21 +228,7 @@ void dot_tile_q8(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t 
 const Kernels kAvx2 = {
     .name = "avx2",
     .dot_tile = {dot_tile<T80>, dot_tile<R64>, dot_tile<B128>, dot_tile_q8, dot_tile<Q4>},
-    .scale_sums = scale_sums,
-    .scale = scale,
-    .scale_sums15 = scale_sums15,
-    .quantize_a8 = quantize_a8,
-    .quantize_a4 = quantize_a4,
-    .quantize_a1 = quantize_a1,
-    .quantize_a15 = quantize_a15,
-    .sum_codes = sum_codes,
-    .rms_norm = rms_norm,
-    .rope = rope,
-    .silu_mul = silu_mul,
-    .relu2_mul = relu2_mul,
-    .add = add,
-    .to_bf16 = to_bf16,
-    .attend = attend,
+    ONEBIT_LANE_KERNELS,
 };
 
 }  // namespace onebit

@@ -526,3 +526,10 @@ void attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint1
     attend_few<kMaxHeads>(q + h * d, count, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out + h * d);
   }
 }
+
+// What this file gives to a table of Kernels, in the order of its members.
+#define ONEBIT_LANE_KERNELS                                                                                         \
+  .scale_sums = scale_sums, .scale = scale, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8,               \
+  .quantize_a4 = quantize_a4, .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes,     \
+  .rms_norm = rms_norm, .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .to_bf16 = to_bf16, \
+  .attend = attend
