@@ -345,37 +345,55 @@ Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::ha
   return Logits(logits.release(), {n_rows, n_vocab}, owner);
 }
 
-int sample(nb::handle logits, nb::handle history, double temperature, std::int64_t top_k, double top_p, double min_p,
-           double repetition_penalty, std::uint64_t seed, std::uint64_t counter) {
-  const auto logits_V = array<float>(logits, "logits", 1);
-  const auto ids = array<std::int32_t>(history, "history", 1);
-  require(logits_V.size(0) >= 1 && logits_V.size(0) <= std::numeric_limits<std::int32_t>::max(),
-          "logits: expected some");
-  check_range(ids, "history", logits_V.size(0));
-  bool any_finite = false;
-  for (std::int64_t i = 0; i < logits_V.size(0); ++i) {
-    const float logit = logits_V.data[i];
-    require(logit <= std::numeric_limits<float>::max(), "logits[", i, "] is ",
-            (std::isnan(logit) ? "NaN" : "infinite"));
-    any_finite |= logit >= std::numeric_limits<float>::lowest();
+void check_logits(const float* logits, std::int64_t n) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  int n_bad = 0;
+  int n_finite = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    n_bad += !(logits[i] <= kMax);
+    n_finite += logits[i] >= -kMax;
   }
-  require(any_finite, "logits: all are -infinity");
+  for (std::int64_t i = 0; n_bad > 0 && i < n; ++i) {
+    require(logits[i] <= kMax, "logits[", i, "] is ", (std::isnan(logits[i]) ? "NaN" : "infinite"));
+  }
+  require(n_finite > 0, "logits: all are -infinity");
+}
+
+std::vector<int> sample(nb::handle logits, nb::handle ids, double temperature, std::int64_t top_k, double top_p,
+                        double min_p, double repetition_penalty, std::uint64_t seed, std::uint64_t counter) {
+  const auto logits_RV = array<float>(logits, "logits", 2);
+  const auto tokens = array<std::int32_t>(ids, "ids", 1);
+  const std::int64_t n_rows = logits_RV.size(0);
+  const std::int64_t n_vocab = logits_RV.size(1);
+  require(n_rows >= 1 && n_vocab >= 1 && n_vocab <= std::numeric_limits<std::int32_t>::max(), "logits: expected some");
+  require(n_rows - 1 <= tokens.size(0), "ids: expected one for each row of logits but the first, ", n_rows - 1);
+  // Ids that change nothing are not looked at: a long text would cost more with every token.
+  if (repetition_penalty != 1.0) check_range(tokens, "ids", n_vocab);
   require(std::isfinite(temperature) && temperature >= 0.0, "temperature: expected a number of at least 0");
   require(top_k >= 0, "top_k: expected 0 (all) or more");
   require(top_p > 0.0 && top_p <= 1.0, "top_p: expected more than 0 and at most 1");
   require(min_p >= 0.0 && min_p <= 1.0, "min_p: expected 0 to 1");
   require(repetition_penalty >= 1e-6 && repetition_penalty <= 1e6, "repetition_penalty: expected 1e-6 to 1e6");
-  const onebit::SamplingParams params{
+  onebit::SamplingParams params{
       .repetition_penalty = static_cast<float>(repetition_penalty),
       .temperature = temperature,
-      .top_k = static_cast<int>(std::min<std::int64_t>(top_k, logits_V.size(0))),
+      .top_k = static_cast<int>(std::min<std::int64_t>(top_k, n_vocab)),
       .top_p = top_p,
       .min_p = min_p,
       .seed = seed,
       .counter = counter,
   };
-  return onebit::sample({logits_V.data, static_cast<std::size_t>(logits_V.size(0))},
-                        {ids.data, static_cast<std::size_t>(ids.size(0))}, params);
+  const std::size_t n_known = static_cast<std::size_t>(tokens.size(0) - (n_rows - 1));
+  std::vector<int> drawn;
+  drawn.reserve(static_cast<std::size_t>(n_rows));
+  for (std::int64_t r = 0; r < n_rows; ++r, ++params.counter) {
+    const float* row = logits_RV.data + r * n_vocab;
+    check_logits(row, n_vocab);
+    const std::size_t n_history = n_known + static_cast<std::size_t>(r);
+    drawn.push_back(onebit::sample({row, static_cast<std::size_t>(n_vocab)}, {tokens.data, n_history}, params));
+    if (r + 1 < n_rows && drawn.back() != tokens.data[n_history]) break;
+  }
+  return drawn;
 }
 
 std::vector<std::string> available_isas() {
@@ -405,12 +423,12 @@ NB_MODULE(_core, m) {
         "Names of the instruction sets that this build and this CPU run, best first.");
   m.def("sincos", &sine_cosine, "x"_a,
         "The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24.");
-  m.def("sample", &sample, "logits"_a, "history"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+  m.def("sample", &sample, "logits"_a, "ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
         "repetition_penalty"_a, "seed"_a, "counter"_a,
-        nb::sig("def sample(logits: numpy.typing.NDArray[numpy.float32], history: numpy.typing.NDArray[numpy.int32], "
+        nb::sig("def sample(logits: numpy.typing.NDArray[numpy.float32], ids: numpy.typing.NDArray[numpy.int32], "
                 "temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int, "
-                "counter: int) -> int"),
-        "Draw a token id from logits [V]; history holds the ids of prompt and output.");
+                "counter: int) -> list[int]"),
+        "Draw token ids from logits [R, V] while they equal the last R - 1 ids; those before are prompt and output.");
   m.def(
       "exp_negative",
       [](double x) {

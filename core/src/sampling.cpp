@@ -39,12 +39,6 @@ class Ranking {
 
   std::size_t size() const { return candidates_.size(); }
 
-  void keep(std::size_t n) {
-    if (n >= size()) return;
-    sort_to(n);
-    candidates_.resize(n);
-  }
-
   const Candidate& operator[](std::size_t rank) {
     if (rank >= sorted_) sort_to(std::min(size(), std::max(kFirst, 8 * sorted_)));
     return candidates_[rank];
@@ -54,7 +48,6 @@ class Ranking {
   static constexpr std::size_t kFirst = 64;
 
   void sort_to(std::size_t n) {
-    if (n <= sorted_) return;
     const auto begin = candidates_.begin() + static_cast<std::ptrdiff_t>(sorted_);
     const auto end = candidates_.begin() + static_cast<std::ptrdiff_t>(n);
     if (n <= kFirst) {
@@ -70,20 +63,48 @@ class Ranking {
   std::size_t sorted_ = 0;
 };
 
-std::vector<Candidate> penalized(std::span<const float> logits, std::span<const std::int32_t> history, float penalty) {
+std::vector<Candidate> all(std::span<const float> logits) {
   std::vector<Candidate> candidates(logits.size());
   for (std::size_t i = 0; i < logits.size(); ++i) candidates[i] = {logits[i], static_cast<std::int32_t>(i)};
-  if (penalty != 1.0f) {
-    // From the original logit, so that an id which occurs twice is penalised once.
-    for (const std::int32_t id : history) {
-      const float logit = logits[static_cast<std::size_t>(id)];
-      if (logit == -std::numeric_limits<float>::infinity()) continue;
-      const float changed = logit > 0.0f ? logit / penalty : logit * penalty;
-      candidates[static_cast<std::size_t>(id)].logit =
-          std::clamp(changed, std::numeric_limits<float>::lowest(), std::numeric_limits<float>::max());
-    }
-  }
   return candidates;
+}
+
+// The k candidates that rank first, in no order; 1 <= k <= logits.size().
+std::vector<Candidate> best(std::span<const float> logits, std::size_t k) {
+  // A heap whose first element ranks last. Ids ascend, so an equal logit never displaces one.
+  std::vector<Candidate> heap = all(logits.first(k));
+  std::make_heap(heap.begin(), heap.end(), ranks_before);
+  const auto offer = [&](std::size_t i) {
+    if (logits[i] <= heap.front().logit) return;
+    std::pop_heap(heap.begin(), heap.end(), ranks_before);
+    heap.back() = {logits[i], static_cast<std::int32_t>(i)};
+    std::push_heap(heap.begin(), heap.end(), ranks_before);
+  };
+  // Few logits displace another, so runs that hold none are passed over at the speed of reading.
+  constexpr std::size_t kRun = 64;
+  std::size_t i = k;
+  for (; i + kRun <= logits.size(); i += kRun) {
+    const float least = heap.front().logit;
+    int n_larger = 0;
+    for (std::size_t j = 0; j < kRun; ++j) n_larger += logits[i + j] > least;
+    if (n_larger == 0) continue;
+    for (std::size_t j = 0; j < kRun; ++j) offer(i + j);
+  }
+  for (; i < logits.size(); ++i) offer(i);
+  return heap;
+}
+
+std::vector<float> penalized(std::span<const float> logits, std::span<const std::int32_t> history, float penalty) {
+  std::vector<float> changed(logits.begin(), logits.end());
+  for (const std::int32_t id : history) {
+    // From the original logit, so that an id which occurs twice is penalised once.
+    const float logit = logits[static_cast<std::size_t>(id)];
+    if (logit == -std::numeric_limits<float>::infinity()) continue;
+    changed[static_cast<std::size_t>(id)] =
+        std::clamp(logit > 0.0f ? logit / penalty : logit * penalty, std::numeric_limits<float>::lowest(),
+                   std::numeric_limits<float>::max());
+  }
+  return changed;
 }
 
 // Uniform in [0, 1), 53 bits.
@@ -129,22 +150,27 @@ double exp_negative(double x) noexcept {
 
 int sample(std::span<const float> logits, std::span<const std::int32_t> history, const SamplingParams& params) {
   StandardFloatMode float_mode;
-  std::vector<Candidate> candidates = penalized(logits, history, params.repetition_penalty);
-  const Candidate best = *std::min_element(candidates.begin(), candidates.end(), ranks_before);
-  if (params.temperature == 0.0 || params.top_k == 1) return best.id;
+  std::vector<float> changed;
+  if (params.repetition_penalty != 1.0f) {
+    changed = penalized(logits, history, params.repetition_penalty);
+    logits = changed;
+  }
+  if (params.temperature == 0.0 || params.top_k == 1) return best(logits, 1).front().id;
 
+  const std::size_t top_k = static_cast<std::size_t>(params.top_k);
+  const bool keep_all = top_k == 0 || top_k >= logits.size();
+  std::vector<Candidate> candidates = keep_all ? all(logits) : best(logits, top_k);
+  const Candidate first = *std::min_element(candidates.begin(), candidates.end(), ranks_before);
   // Probability relative to the best token, which therefore has 1.
   const auto weight = [&](const Candidate& candidate) {
-    return exp_negative((static_cast<double>(candidate.logit) - best.logit) / params.temperature);
+    return exp_negative((static_cast<double>(candidate.logit) - first.logit) / params.temperature);
   };
-  const bool keep_all = params.top_k == 0 || static_cast<std::size_t>(params.top_k) >= candidates.size();
   double total = 0.0;
   if (keep_all) {
     for (const Candidate& candidate : candidates) total += weight(candidate);
   }
   Ranking ranking(std::move(candidates));
   if (!keep_all) {
-    ranking.keep(static_cast<std::size_t>(params.top_k));
     for (std::size_t rank = 0; rank < ranking.size(); ++rank) total += weight(ranking[rank]);
   }
 
@@ -163,7 +189,7 @@ int sample(std::span<const float> logits, std::span<const std::int32_t> history,
 
   const double target = uniform(params.seed, params.counter) * total;
   double sum = 0.0;
-  std::int32_t last = best.id;
+  std::int32_t last = first.id;
   for (std::size_t rank = 0; rank < n_kept; ++rank) {
     const double w = weight(ranking[rank]);
     if (w == 0.0) break;

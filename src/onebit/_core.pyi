@@ -16,7 +16,7 @@ def sincos(x: float) -> tuple[float, float]:
 
 def sample(
     logits: numpy.typing.NDArray[numpy.float32],
-    history: numpy.typing.NDArray[numpy.int32],
+    ids: numpy.typing.NDArray[numpy.int32],
     temperature: float,
     top_k: int,
     top_p: float,
@@ -24,8 +24,8 @@ def sample(
     repetition_penalty: float,
     seed: int,
     counter: int,
-) -> int:
-    """Draw a token id from logits [V]; history holds the ids of prompt and output."""
+) -> list[int]:
+    """Draw token ids from logits [R, V] while they equal the last R - 1 ids; those before are prompt and output."""
 
 def exp_negative(x: float) -> float:
     """The float64 exponential behind the sampler, for x <= 0."""

@@ -22,6 +22,7 @@ from onebit.checkpoint import Checkpoint, quantize
 from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
 from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
+from onebit.engine.speculation import Speculation
 from onebit.engine.tokenizer import Tokenizer
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "stories.onebit"
@@ -45,17 +46,23 @@ class Usage(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """Seconds of a text, from the call on.
+    """How fast a text came, and what was guessed of it.
 
     Args:
-        first_token_s: until the first token.
-        total_s: until the last token.
+        first_token_s: seconds from the call to the first token.
+        total_s: seconds from the call to the last token.
+        prompt_tok_per_s: prompt tokens per second until the first token.
         tok_per_s: tokens per second after the first one; 0 for a text of one token.
+        drafted: tokens guessed ahead and computed; 0 without speculation.
+        accepted: those of them that were right: each spared a step.
     """
 
     first_token_s: float
     total_s: float
+    prompt_tok_per_s: float
     tok_per_s: float
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,20 @@ class LLM:
         checkpoint: packed, or a float32 master, which is packed in memory.
         threads: None takes one for each core.
         kv_cache: number format of keys and values: "bf16".
+        speculation: guess tokens from the text itself and compute several in one step where that pays; the
+            texts are the same, to the token.
 
     Raises:
         ValueError: a full-precision model, or an unknown kv_cache.
     """
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, kv_cache: str = "bf16") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        kv_cache: str = "bf16",
+        speculation: bool = True,
+    ) -> None:
         if kv_cache != "bf16":
             raise ValueError(f"kv_cache is {kv_cache!r}; expected 'bf16'")
         if checkpoint.config.weights == "dense":
@@ -113,6 +128,8 @@ class LLM:
         self.checkpoint = quantize(checkpoint)
         self.config = checkpoint.config
         self.model = Model(self.checkpoint, threads)
+        # Of all calls: what a row costs is learned once.
+        self._speculation = Speculation() if speculation else None
         self._start = next(
             (t for t in (self.config.bos_token, *self.config.eos_tokens) if t is not None), None
         )
@@ -219,7 +236,7 @@ class LLM:
         encoded = [self._encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
         n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
-        engine = Engine(self.model, self._tokenizer, max(n_blocks, 1))
+        engine = Engine(self.model, self._tokenizer, max(n_blocks, 1), speculation=self._speculation)
         return engine, [engine.add(tokens, params) for tokens in encoded]
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -238,19 +255,25 @@ class LLM:
         return BLOCK_TOKENS * 2 * config.n_layers * config.n_kv_heads * config.d_head * 2
 
 
-def load(path: str | PathLike[str] | None = None, threads: int | None = None, kv_cache: str = "bf16") -> LLM:
+def load(
+    path: str | PathLike[str] | None = None,
+    threads: int | None = None,
+    kv_cache: str = "bf16",
+    speculation: bool = True,
+) -> LLM:
     """Load a model.
 
     Args:
         path: a .onebit file or a run folder; None takes the model that ships with onebit.
         threads: None takes one for each core.
         kv_cache: number format of keys and values: "bf16".
+        speculation: see LLM.
 
     Raises:
         ValueError: a damaged file, a full-precision model, or an unknown kv_cache.
         OSError: a file that cannot be read.
     """
-    return LLM(formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache)
+    return LLM(formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache, speculation)
 
 
 def _items(prompt: Any) -> Sequence[Any]:
@@ -275,7 +298,7 @@ def _params(params: SamplingParams | None, sampling: dict[str, Any]) -> Sampling
 
 def _pieces(engine: Engine, request: Generation) -> Iterator[Piece]:
     for step in engine.run():
-        yield Piece(step.text, step.token, _output(request) if request.finish_reason else None)
+        yield Piece(step.text, step.token, _output(request) if step.is_last else None)
 
 
 def _output(request: Generation) -> Output:
@@ -289,6 +312,13 @@ def _output(request: Generation) -> Output:
         tokens=tokens,
         finish_reason=request.finish_reason,
         usage=Usage(request.n_prompt, len(tokens)),
-        timings=Timings(first, total, tok_per_s),
+        timings=Timings(
+            first_token_s=first,
+            total_s=total,
+            prompt_tok_per_s=request.n_prompt / first if first > 0 else 0.0,
+            tok_per_s=tok_per_s,
+            drafted=request.drafted,
+            accepted=request.accepted,
+        ),
         seed=request.seed,
     )

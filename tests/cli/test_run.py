@@ -15,7 +15,10 @@ from onebit.checkpoint import quantize
 from onebit.llm import LLM
 
 MACHINE = r"(\w+) kernels, (\d+) threads?"
-SUMMARY = rf"(\d+) tokens \| [\d.]+ tokens/s \| first token after [\d.]+ s \| {MACHINE} \| seed (\d+)"
+GUESSES = r"(?:\d+ of \d+ guesses right \| )?"
+SUMMARY = (
+    rf"(\d+) tokens \| [\d.]+ tokens/s \| first token after [\d.]+ s \| {GUESSES}{MACHINE} \| seed (\d+)"
+)
 MAX_TOKENS = ("--max-tokens", "12")
 
 

@@ -10,7 +10,7 @@ from onebit.engine.model import sample
 
 NONE = np.array([], np.int32)
 DEFAULTS = {
-    "history": NONE,
+    "ids": NONE,
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
@@ -22,7 +22,8 @@ DEFAULTS = {
 
 
 def draw(logits, **changes) -> int:
-    return sample(np.asarray(logits, np.float32), **DEFAULTS | changes)
+    (token,) = sample(np.asarray(logits, np.float32)[None], **DEFAULTS | changes)
+    return token
 
 
 def kept(logits, history=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
@@ -77,7 +78,7 @@ def test_draws_equal_plain_numpy(seed, data):
     history = rng.integers(0, n, 5).astype(np.int32)
     ids, p = kept(logits, history.tolist(), **filters | {"top_k": min(filters["top_k"], n)})
     for counter in range(5):
-        token = draw(logits, history=history, seed=seed, counter=counter, **filters)
+        token = draw(logits, ids=history, seed=seed, counter=counter, **filters)
         edges = np.cumsum(p)
         u = uniform(seed, counter)
         first, last = (np.searchsorted(edges, u + error, side="right") for error in (-1e-12, 1e-12))
@@ -110,8 +111,8 @@ def test_a_draw_depends_on_seed_and_counter_alone():
 
 def test_temperature_zero_takes_the_best_and_the_first_of_equals():
     assert draw([1, 3, 3, 2], temperature=0) == 1
-    assert draw([1, 3, 3, 2], temperature=0, history=np.array([1, 1], np.int32), repetition_penalty=1.1) == 2
-    assert draw([-1, -3], temperature=0, history=np.array([0], np.int32), repetition_penalty=4.0) == 1
+    assert draw([1, 3, 3, 2], temperature=0, ids=np.array([1, 1], np.int32), repetition_penalty=1.1) == 2
+    assert draw([-1, -3], temperature=0, ids=np.array([0], np.int32), repetition_penalty=4.0) == 1
 
 
 def test_a_large_vocabulary_equals_plain_numpy():
@@ -145,9 +146,9 @@ def test_tokens_of_minus_infinity_are_never_drawn():
         ({"seed": -1}, "seed is -1; expected 0"),
         ({"seed": 2**64}, "seed is"),
         ({"counter": -1}, "counter is -1"),
-        ({"history": np.array([3], np.int32)}, r"history\[0\] is 3; expected 0 to 2"),
-        ({"history": np.array([-1], np.int32)}, r"history\[0\] is -1"),
-        ({"history": [0]}, "history: expected a contiguous int32 array"),
+        ({"ids": np.array([3], np.int32), "repetition_penalty": 2.0}, r"ids\[0\] is 3; expected 0 to 2"),
+        ({"ids": np.array([-1], np.int32), "repetition_penalty": 2.0}, r"ids\[0\] is -1"),
+        ({"ids": [0]}, "ids: expected a contiguous int32 array"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):

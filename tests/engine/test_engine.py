@@ -10,6 +10,7 @@ import tiny
 from onebit.engine.engine import Engine
 from onebit.engine.model import BLOCK_TOKENS
 from onebit.engine.sampling import SamplingParams
+from onebit.engine.speculation import Speculation
 from onebit.engine.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(tiny.tokenizer_json())
@@ -177,6 +178,118 @@ def test_a_step_that_fails_ends_its_texts_and_frees_their_blocks():
 
     engine = Engine(tiny.FakeModel(next_token), None, n_blocks=4)
     engine.add([1, 2], SamplingParams(max_tokens=20, temperature=0))
+    with pytest.raises(ValueError, match="no number"):
+        list(engine.run())
+    assert engine.pool.n_free == engine.pool.n_blocks
+    assert list(engine.run()) == []
+
+
+class Eager(Speculation):
+    """Drafts whatever there is to guess, so that tests see drafts in every step."""
+
+    def draft(self, texts):
+        for lookup, _ in texts:
+            lookup.read()
+        return [lookup.guesses(min(most, 9)) for lookup, most in texts]
+
+
+def looping(tokens):
+    """Repeats the prompt, with a slip now and then: guesses are often right and often wrong."""
+    period = 5
+    slip = len(tokens) % 13 == 0
+    return mixed(tokens) if slip else tokens[-period] if len(tokens) >= period else 1 + len(tokens)
+
+
+@pytest.mark.parametrize("next_token", [looping, mixed])
+@pytest.mark.parametrize("max_step_tokens", [1, 3, 512])
+@pytest.mark.parametrize("n_blocks", [3, 4, 20])
+def test_text_does_not_depend_on_speculation(next_token, n_blocks, max_step_tokens):
+    def texts(speculation):
+        engine = make(next_token, n_blocks, max_step_tokens=max_step_tokens, speculation=speculation)
+        requests = [engine.add(prompt, SamplingParams(max_tokens=70, temperature=0)) for prompt in PROMPTS]
+        steps = list(engine.run())
+        assert engine.pool.n_free == n_blocks
+        assert max(engine._model.n_tokens) <= max_step_tokens
+        assert sum(step.is_last for step in steps) == len(requests)
+        for request in requests:
+            assert [step.token for step in steps if step.request is request] == request.generated
+        return requests, len(engine._model.n_tokens)
+
+    plain, n_plain = texts(None)
+    eager, n_eager = texts(Eager())
+    for a, b in zip(plain, eager, strict=True):
+        assert (a.generated, a.text, a.finish_reason) == (b.generated, b.text, b.finish_reason)
+        assert a.drafted == 0 <= b.accepted <= b.drafted
+    if next_token is looping and max_step_tokens == 512:
+        assert n_eager < n_plain
+        assert sum(request.accepted for request in eager) > 100
+
+
+def test_an_end_within_accepted_guesses_is_the_end():
+    said = "a b a b a b a b a b a b"
+    for stop in ((), "b a b a b a", "zz"):
+        ends = []
+        for speculation in (None, Eager()):
+            engine = make(script(said), speculation=speculation)
+            request = finish(engine, engine.add([5], SamplingParams(temperature=0, stop=stop)))
+            ends.append((request.generated, request.text, request.finish_reason))
+        assert ends[0] == ends[1]
+        assert request.accepted > 0
+    for max_tokens in range(1, 30):
+        engine = make(looping, speculation=Eager())
+        request = finish(engine, engine.add([5], SamplingParams(temperature=0, max_tokens=max_tokens)))
+        plain = make(looping)
+        assert request.generated == finish(plain, plain.add([5], request.params)).generated
+        assert len(request.generated) == max_tokens
+
+
+def test_guesses_respect_the_context():
+    limit = tiny.CONFIG.max_seq_len
+    prompt = [1 + i % 5 for i in range(limit - 12)]
+    engine = make(looping, speculation=Eager())
+    request = finish(engine, engine.add(prompt, SamplingParams(temperature=0)))
+    plain = make(looping)
+    assert request.generated == finish(plain, plain.add(prompt, request.params)).generated
+    assert request.accepted > 0
+
+
+def test_a_draw_depends_on_its_place_not_on_the_step():
+    def flat(tokens):
+        return 1 + tokens[-1] % 3
+
+    params = SamplingParams(max_tokens=100, temperature=0.3, top_k=5, repetition_penalty=1.1, seed=5)
+    drawn = []
+    for speculation in (None, Eager()):
+        engine = make(flat, speculation=speculation)
+        request = finish(engine, engine.add([1, 2, 3, 1, 2, 3], params))
+        drawn.append(request.generated)
+    assert drawn[0] == drawn[1]
+    assert 0 < request.accepted < request.drafted
+
+
+def test_cancel_within_a_step_of_several_tokens_ends_the_text_there():
+    engine = make(looping, speculation=Eager())
+    goes, stays = engine.add([1, 2, 3, 4, 5], GREEDY), engine.add([1, 2], GREEDY)
+    seen = []
+    for step in engine.run():
+        if step.request is goes:
+            seen.append(step.token)
+            if goes.accepted:
+                engine.cancel(goes)
+    assert goes.accepted > 1 and goes.finish_reason is None
+    assert len(goes.generated) > len(seen)
+    assert engine.pool.n_free == engine.pool.n_blocks
+    assert stays.finish_reason == "length"
+
+
+def test_a_step_with_guesses_that_fails_frees_their_blocks():
+    def next_token(tokens):
+        if len(tokens) > 75:
+            raise ValueError("no number")
+        return looping(tokens)
+
+    engine = make(next_token, n_blocks=8, speculation=Eager())
+    engine.add([1, 2], SamplingParams(max_tokens=100, temperature=0))
     with pytest.raises(ValueError, match="no number"):
         list(engine.run())
     assert engine.pool.n_free == engine.pool.n_blocks

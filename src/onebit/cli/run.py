@@ -37,6 +37,9 @@ def run(
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
     kv_cache: Annotated[str, typer.Option(help="Number format of the key-value cache.")] = "bf16",
+    speculation: Annotated[
+        bool, typer.Option(help="Guess repeated tokens ahead; the text is the same.")
+    ] = True,
 ) -> None:
     """Continue a text, or talk when there is no prompt.
 
@@ -61,7 +64,7 @@ def run(
 
     from onebit.llm import load
 
-    llm = load(model, threads, kv_cache)
+    llm = load(model, threads, kv_cache, speculation)
     if is_chat:
         _chat(llm, params)
         return
@@ -105,6 +108,8 @@ def _summary(llm: "LLM", output: "Output | None", n_tokens: int, seed: int) -> s
         if output.timings.tok_per_s:
             facts.append(f"{output.timings.tok_per_s:.1f} tokens/s")
         facts.append(f"first token after {output.timings.first_token_s:.3f} s")
+        if output.timings.drafted:
+            facts.append(f"{output.timings.accepted} of {output.timings.drafted} guesses right")
     threads = "1 thread" if llm.model.threads == 1 else f"{llm.model.threads} threads"
     return " | ".join([*facts, f"{llm.model.isa} kernels, {threads}", f"seed {seed}"])
 

@@ -10,16 +10,17 @@ Owns a key-value cache and the requests in it. Prompts are token ids.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from onebit.config import ModelConfig
 from onebit.engine.blocks import BlockPool
-from onebit.engine.model import BLOCK_TOKENS, Float32, Model, sample
+from onebit.engine.model import BLOCK_TOKENS, Float32, Int32, Model, sample
 from onebit.engine.sampling import SamplingParams, random_seed
 from onebit.engine.scheduler import Batch, Request, Scheduler
+from onebit.engine.speculation import Lookup, Speculation
 from onebit.engine.tokenizer import Detokenizer, Tokenizer
 
 # Tokens of one forward pass: enough to keep every thread busy, few enough that other texts do not wait long.
@@ -36,8 +37,10 @@ class Generation(Request):
         params: how tokens are chosen.
         seed: of the random draws, also where params leave it open.
         detokenizer: turns tokens into text; None for a model without tokenizer.
-        text: what was generated, without end-of-text token and stop string.
+        ids: int32, the tokens once more, as the core reads them, with room for those to come.
+        lookup: guesses the next tokens; None without speculation.
         finish_reason: None until the text has ended.
+        drafted: guesses that were computed, and of these accepted: those that were right.
         started_s: when the request was made, on the monotonic clock; likewise first_token_s and last_token_s.
     """
 
@@ -46,24 +49,39 @@ class Generation(Request):
     params: SamplingParams
     seed: int
     detokenizer: Detokenizer | None
-    text: str = ""
+    ids: Int32
+    lookup: Lookup | None
     finish_reason: Literal["stop", "length"] | None = None
+    drafted: int = 0
+    accepted: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """What was generated, without end-of-text token and stop string."""
+        return "".join(self.pieces)
 
     @property
     def generated(self) -> list[int]:
         """The tokens after the prompt."""
         return self.tokens[self.n_prompt :]
 
+    @property
+    def n_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.n_prompt + self.max_tokens - len(self.tokens)
+
 
 class Step(NamedTuple):
-    """One more token of a request, and the text that is certain since."""
+    """One more token of a request, the text that is certain since, and whether it is the last."""
 
     request: Generation
     token: int
     text: str
+    is_last: bool
 
 
 class Engine:
@@ -74,6 +92,8 @@ class Engine:
         tokenizer: of the model, or None where texts are not needed.
         n_blocks: blocks in the cache; more requests than fit wait for each other.
         max_step_tokens: most tokens in one forward pass.
+        speculation: guesses tokens ahead, to compute several of a text in one step; None goes one by one. The
+            tokens are the same.
     """
 
     def __init__(
@@ -82,12 +102,21 @@ class Engine:
         tokenizer: Tokenizer | None,
         n_blocks: int,
         max_step_tokens: int = MAX_STEP_TOKENS,
+        speculation: Speculation | None = None,
     ) -> None:
         self.pool = BlockPool(n_blocks, BLOCK_TOKENS)
         self._model = model
         self._tokenizer = tokenizer
+        self._speculation = speculation
         self._cache = model.new_cache(n_blocks)
         self._scheduler: Scheduler[Generation] = Scheduler(self.pool, max_step_tokens)
+        # What a step hands to the core; filled anew for each.
+        self._numbers = np.arange(max(model.config.max_seq_len, max_step_tokens), dtype=np.int32)
+        self._tokens = np.empty(max_step_tokens, np.int32)
+        self._positions = np.empty(max_step_tokens, np.int32)
+        self._rows = np.empty(max_step_tokens, np.int32)
+        self._starts = np.zeros(1, np.int32)
+        self._tables = np.zeros((0, 0), np.int32)
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
         """Queue a prompt.
@@ -102,13 +131,18 @@ class Engine:
             raise ValueError(f"prompt and max_tokens need {n_positions} positions; the cache holds {most}")
         if params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which this model does not have")
+        tokens = [int(token) for token in prompt]
+        ids = np.empty(n_positions + 1, np.int32)
+        ids[: len(tokens)] = tokens
         request = Generation(
-            tokens=[int(token) for token in prompt],
-            n_prompt=len(prompt),
-            max_tokens=n_positions - len(prompt) + 1,
+            tokens=tokens,
+            n_prompt=len(tokens),
+            max_tokens=n_positions - len(tokens) + 1,
             params=params,
             seed=random_seed() if params.seed is None else params.seed,
             detokenizer=Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None,
+            ids=ids,
+            lookup=Lookup(tokens) if self._speculation else None,
             started_s=time.perf_counter(),
         )
         self._scheduler.add(request)
@@ -122,72 +156,139 @@ class Engine:
     def run(self) -> Iterator[Step]:
         """Step until every request has ended."""
         while self._scheduler.requests:
-            yield from self.step()
+            for step in self.step():
+                # Whoever takes the steps may have cancelled a text that got several tokens in one.
+                if step.request.finish_reason or step.request in self._scheduler.requests:
+                    yield step
 
     def step(self) -> list[Step]:
         """Run the model once.
 
         Returns:
-            One entry for each request that got a token; those still reading their prompt have none.
+            The new tokens: one of each request that has read its prompt, and more where guesses were right.
 
         Raises:
             ValueError: logits that are no numbers, ...; the requests of the step are gone then.
         """
+        if self._speculation:
+            self._draft(self._speculation)
         batch = self._scheduler.schedule()
         if not batch:
             return []
-        ready = [part.request for part in batch if part.is_last]
         try:
             logits_RV = self._forward(batch)
-            return [self._extend(request, row) for request, row in zip(ready, logits_RV, strict=True)]
+            steps: list[Step] = []
+            row = 0
+            for part in batch:
+                if part.is_last:
+                    n_rows = 1 + part.n_drafts
+                    self._extend(part.request, logits_RV[row : row + n_rows], steps)
+                    row += n_rows
+            return steps
         except BaseException:
             # What the cache holds of these texts is no longer known.
             for part in batch:
                 self.cancel(part.request)
             raise
 
+    def _draft(self, speculation: Speculation) -> None:
+        """Guess for every text that is caught up but for its latest token."""
+        texts = []
+        for request in self._scheduler.requests:
+            if request.lookup and len(request.tokens) == request.n_computed + 1:
+                texts.append(request)
+            else:
+                request.drafts = []
+        # The last token needs no guess: it is never read.
+        limits = [(request.lookup, request.n_left - 1) for request in texts if request.lookup]
+        for request, drafts in zip(texts, speculation.draft(limits), strict=True):
+            request.drafts = drafts
+
     def _forward(self, batch: Batch[Generation]) -> Float32:
-        starts = np.cumsum([0, *(part.stop - part.start for part in batch)], dtype=np.int32)
-        tables = np.zeros((len(batch), max(len(part.request.blocks) for part in batch)), np.int32)
-        for table, part in zip(tables, batch, strict=True):
-            table[: len(part.request.blocks)] = part.request.blocks
-        return self._model.forward(
-            np.concatenate([np.array(p.request.tokens[p.start : p.stop], np.int32) for p in batch]),
-            np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in batch]),
-            starts,
-            tables,
-            np.array([end - 1 for end, p in zip(starts[1:], batch, strict=True) if p.is_last], np.int32),
+        """Compute a batch; returns the logits of the last token of each part that is_last, and of its drafts."""
+        self._make_room(len(batch), max(len(part.request.blocks) for part in batch))
+        numbers, starts = self._numbers, self._starts
+        n_tokens = n_rows = 0
+        is_decoding = self._speculation is not None
+        for i, (request, start, stop, n_drafts) in enumerate(batch):
+            end = stop + n_drafts
+            begin, n_tokens = n_tokens, n_tokens + end - start
+            if n_drafts:
+                request.ids[stop:end] = request.drafts[:n_drafts]
+            self._tokens[begin:n_tokens] = request.ids[start:end]
+            self._positions[begin:n_tokens] = numbers[start:end]
+            self._tables[i, : len(request.blocks)] = request.blocks
+            starts[i + 1] = n_tokens
+            if stop == len(request.tokens):
+                first_row, n_rows = n_rows, n_rows + 1 + n_drafts
+                self._rows[first_row:n_rows] = numbers[n_tokens - 1 - n_drafts : n_tokens]
+            is_decoding = is_decoding and stop - start == 1
+        begun_s = time.perf_counter()
+        logits_RV = self._model.forward(
+            self._tokens[:n_tokens],
+            self._positions[:n_tokens],
+            starts[: len(batch) + 1],
+            self._tables[: len(batch)],
+            self._rows[:n_rows],
             self._cache,
         )
+        if self._speculation and is_decoding:
+            self._speculation.observe(n_tokens, time.perf_counter() - begun_s)
+        return logits_RV
 
-    def _extend(self, request: Generation, logits_V: Float32) -> Step:
+    def _make_room(self, n_seqs: int, n_blocks: int) -> None:
+        if len(self._tables) < n_seqs or self._tables.shape[1] < n_blocks:
+            n_seqs = max(n_seqs, len(self._tables))
+            # Twice as wide as needed: a text gets its blocks one by one.
+            self._tables = np.zeros((n_seqs, max(2 * n_blocks, self._tables.shape[1])), np.int32)
+            self._starts = np.zeros(n_seqs + 1, np.int32)
+
+    def _extend(self, request: Generation, logits_RV: Float32, steps: list[Step]) -> None:
+        """Draw the next token of a request, and go on for as long as its drafts are right."""
         params = request.params
-        token = sample(
-            logits_V,
-            np.array(request.tokens if params.repetition_penalty != 1 else [], np.int32),
+        n_drafts = len(logits_RV) - 1
+        drawn = sample(
+            logits_RV,
+            request.ids[: len(request.tokens) + n_drafts],
             params.temperature,
             params.top_k,
             params.top_p,
             params.min_p,
             params.repetition_penalty,
             request.seed,
-            len(request.generated),
+            len(request.tokens) - request.n_prompt,
         )
-        request.tokens.append(token)
         request.last_token_s = time.perf_counter()
         request.first_token_s = request.first_token_s or request.last_token_s
-        ended = token in self._model.config.eos_tokens and not params.ignore_eos
+        request.drafted += n_drafts
+        request.accepted -= 1
+        for token in drawn:
+            request.ids[len(request.tokens)] = token
+            request.tokens.append(token)
+            request.accepted += 1
+            text, is_last = self._read(request, token)
+            steps.append(Step(request, token, text, is_last))
+            if is_last:
+                self._scheduler.remove(request)
+                break
+        # What was accepted is in the cache; the next step overwrites what was not.
+        request.n_computed = len(request.tokens) - 1
+
+    def _read(self, request: Generation, token: int) -> tuple[str, bool]:
+        """The text that a new token makes certain, and whether it ends the whole."""
+        is_end = token in self._model.config.eos_tokens and not request.params.ignore_eos
+        is_full = request.n_left == 0
         text = ""
-        if request.detokenizer:
-            text = "" if ended else request.detokenizer.push(token)
-            if ended or len(request.generated) == request.max_tokens:
-                text += request.detokenizer.flush()
-            ended = ended or request.detokenizer.stopped
-        request.text += text
-        if ended or len(request.generated) == request.max_tokens:
-            request.finish_reason = "stop" if ended else "length"
-            self._scheduler.remove(request)
-        return Step(request, token, text)
+        if detokenizer := request.detokenizer:
+            if not is_end:
+                text = detokenizer.push(token)
+            if is_end or is_full:
+                text += detokenizer.flush()
+            is_end = is_end or detokenizer.stopped
+            request.pieces.append(text)
+        if is_end or is_full:
+            request.finish_reason = "stop" if is_end else "length"
+        return text, is_end or is_full
 
 
 def count_positions(config: ModelConfig, prompt: Sequence[int], params: SamplingParams) -> int:

@@ -117,8 +117,8 @@ class Model:
 
 
 def sample(
-    logits_V: Float32,
-    history: Int32,
+    logits_RV: Float32,
+    ids: Int32,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -126,25 +126,28 @@ def sample(
     repetition_penalty: float,
     seed: int,
     counter: int,
-) -> int:
-    """Draw the next token; the result depends on nothing but the arguments.
+) -> list[int]:
+    """Draw the next token, and go on for as long as the draws are those that were guessed.
+
+    Row r holds the logits after `ids[: len(ids) - R + 1 + r]`: the last R - 1 ids are guesses. A draw depends on
+    nothing but its row, the ids before it, the parameters, the seed and its place, counter + r.
 
     Applied in this order: repetition penalty, temperature, top_k, top_p, min_p, the draw. Tokens rank by
     descending logit, equal ones by ascending id.
 
     Args:
-        logits_V: float32 [V], not NaN.
-        history: int32, the ids of prompt and output.
+        logits_RV: float32 [R, V], not NaN.
+        ids: int32, prompt and output, then R - 1 guesses.
         temperature: divides the logits; 0 takes the best token.
         top_k: keep the k best tokens; 0 keeps all.
         top_p: keep the fewest best tokens whose probabilities reach top_p; 1 keeps all.
         min_p: keep tokens at least min_p times as likely as the best; 0 keeps all.
-        repetition_penalty: positive logits of tokens in history are divided by it, others multiplied; 1 is off.
+        repetition_penalty: positive logits of tokens before the draw are divided by it, others multiplied; 1 is off.
         seed: of the random numbers, from 0 to 2^64 - 1.
-        counter: the position in the sequence, from 0 to 2^64 - 1: which random number of the seed to take.
+        counter: the position of the first draw, from 0 to 2^64 - 1: which random number of the seed to take.
 
     Returns:
-        A token id.
+        From 1 to R token ids; all but the last equal the guesses.
 
     Raises:
         ValueError: a value out of range, or logits that are NaN, infinite or all -infinity.
@@ -153,10 +156,8 @@ def sample(
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} is {value}; expected 0 to 2^64 - 1")
     # More than all tokens means the same as all of them, also beyond the core's int64.
-    top_k = min(top_k, len(logits_V))
-    return _core.sample(
-        logits_V, history, temperature, top_k, top_p, min_p, repetition_penalty, seed, counter
-    )
+    top_k = min(top_k, logits_RV.shape[-1])
+    return _core.sample(logits_RV, ids, temperature, top_k, top_p, min_p, repetition_penalty, seed, counter)
 
 
 def available_isas() -> list[str]:
