@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstddef>
+#include <functional>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -71,27 +72,39 @@ std::vector<Candidate> all(std::span<const float> logits) {
 
 // The k candidates that rank first, in no order; 1 <= k <= logits.size().
 std::vector<Candidate> best(std::span<const float> logits, std::size_t k) {
-  // A heap whose first element ranks last. Ids ascend, so an equal logit never displaces one.
-  std::vector<Candidate> heap = all(logits.first(k));
-  std::make_heap(heap.begin(), heap.end(), ranks_before);
-  const auto offer = [&](std::size_t i) {
-    if (logits[i] <= heap.front().logit) return;
-    std::pop_heap(heap.begin(), heap.end(), ranks_before);
-    heap.back() = {logits[i], static_cast<std::int32_t>(i)};
-    std::push_heap(heap.begin(), heap.end(), ranks_before);
-  };
-  // Few logits displace another, so runs that hold none are passed over at the speed of reading.
-  constexpr std::size_t kRun = 64;
-  std::size_t i = k;
-  for (; i + kRun <= logits.size(); i += kRun) {
-    const float least = heap.front().logit;
-    int n_larger = 0;
-    for (std::size_t j = 0; j < kRun; ++j) n_larger += logits[i + j] > least;
-    if (n_larger == 0) continue;
-    for (std::size_t j = 0; j < kRun; ++j) offer(i + j);
+  // Of n maxima of disjoint parts the k-th largest is a bound that at least k logits reach, and few others.
+  const std::size_t n = std::max<std::size_t>(64, std::bit_ceil(4 * k));
+  std::vector<Candidate> candidates;
+  if (n < logits.size()) {
+    std::vector<float> maxima(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(n));
+    float* m = maxima.data();
+    for (std::size_t begin = n; begin + n <= logits.size(); begin += n) {
+      const float* x = logits.data() + begin;
+      for (std::size_t i = 0; i < n; ++i) m[i] = x[i] > m[i] ? x[i] : m[i];
+    }
+    std::nth_element(m, m + (k - 1), m + n, std::greater<float>());
+    const float bound = m[k - 1];
+    candidates.reserve(2 * k);
+    const auto take = [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) {
+        if (logits[i] >= bound) candidates.push_back({logits[i], static_cast<std::int32_t>(i)});
+      }
+    };
+    constexpr std::size_t kRun = 32;
+    std::size_t begin = 0;
+    for (; begin + kRun <= logits.size(); begin += kRun) {
+      int n_above = 0;
+      for (std::size_t i = 0; i < kRun; ++i) n_above += logits[begin + i] >= bound;
+      if (n_above > 0) take(begin, begin + kRun);
+    }
+    take(begin, logits.size());
+  } else {
+    candidates = all(logits);
   }
-  for (; i < logits.size(); ++i) offer(i);
-  return heap;
+  const auto last = candidates.begin() + static_cast<std::ptrdiff_t>(k);
+  if (last != candidates.end()) std::nth_element(candidates.begin(), last, candidates.end(), ranks_before);
+  candidates.resize(k);
+  return candidates;
 }
 
 std::vector<float> penalized(std::span<const float> logits, std::span<const std::int32_t> history, float penalty) {
@@ -170,8 +183,14 @@ int sample(std::span<const float> logits, std::span<const std::int32_t> history,
     for (const Candidate& candidate : candidates) total += weight(candidate);
   }
   Ranking ranking(std::move(candidates));
+  std::vector<double> weights;
+  weights.reserve(keep_all ? 0 : ranking.size());
+  const auto weight_at = [&](std::size_t rank) {
+    if (rank == weights.size()) weights.push_back(weight(ranking[rank]));
+    return weights[rank];
+  };
   if (!keep_all) {
-    for (std::size_t rank = 0; rank < ranking.size(); ++rank) total += weight(ranking[rank]);
+    for (std::size_t rank = 0; rank < ranking.size(); ++rank) total += weight_at(rank);
   }
 
   // Both filters leave a prefix of the ranking, which holds `total` of the weight.
@@ -180,7 +199,7 @@ int sample(std::span<const float> logits, std::span<const std::int32_t> history,
     const double enough = params.top_p < 1.0 ? params.top_p * total : std::numeric_limits<double>::infinity();
     double sum = 0.0;
     for (n_kept = 0; n_kept < ranking.size() && sum < enough; ++n_kept) {
-      const double w = weight(ranking[n_kept]);
+      const double w = weight_at(n_kept);
       if (w < params.min_p) break;
       sum += w;
     }
@@ -191,7 +210,7 @@ int sample(std::span<const float> logits, std::span<const std::int32_t> history,
   double sum = 0.0;
   std::int32_t last = first.id;
   for (std::size_t rank = 0; rank < n_kept; ++rank) {
-    const double w = weight(ranking[rank]);
+    const double w = weight_at(rank);
     if (w == 0.0) break;
     last = ranking[rank].id;
     sum += w;

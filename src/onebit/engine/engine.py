@@ -25,6 +25,9 @@ from onebit.engine.tokenizer import Detokenizer, Tokenizer
 
 # Tokens of one forward pass: enough to keep every thread busy, few enough that other texts do not wait long.
 MAX_STEP_TOKENS = 512
+# One in so many steps without guesses is timed.
+TIMED_STEPS = 16
+NO_DRAFTS: list[int] = []
 
 
 @dataclass(eq=False, kw_only=True)
@@ -110,6 +113,7 @@ class Engine:
         self._speculation = speculation
         self._cache = model.new_cache(n_blocks)
         self._scheduler: Scheduler[Generation] = Scheduler(self.pool, max_step_tokens)
+        self._n_steps = self._next_draft = 0
         # What a step hands to the core; filled anew for each.
         self._numbers = np.arange(max(model.config.max_seq_len, max_step_tokens), dtype=np.int32)
         self._tokens = np.empty(max_step_tokens, np.int32)
@@ -170,11 +174,12 @@ class Engine:
         Raises:
             ValueError: logits that are no numbers, ...; the requests of the step are gone then.
         """
-        if self._speculation:
+        if self._speculation and self._n_steps >= self._next_draft:
             self._draft(self._speculation)
         batch = self._scheduler.schedule()
         if not batch:
             return []
+        self._n_steps += 1
         try:
             logits_RV = self._forward(batch)
             steps: list[Step] = []
@@ -193,16 +198,22 @@ class Engine:
 
     def _draft(self, speculation: Speculation) -> None:
         """Guess for every text that is caught up but for its latest token."""
+        n_rows = 0
         texts = []
         for request in self._scheduler.requests:
+            request.drafts = NO_DRAFTS
             if request.lookup and len(request.tokens) == request.n_computed + 1:
-                texts.append(request)
-            else:
-                request.drafts = []
-        # The last token needs no guess: it is never read.
-        limits = [(request.lookup, request.n_left - 1) for request in texts if request.lookup]
-        for request, drafts in zip(texts, speculation.draft(limits), strict=True):
-            request.drafts = drafts
+                n_rows += 1
+                # The last token needs no guess: it is never read.
+                if request.lookup.read() and request.n_left > 1:
+                    texts.append((request, (request.lookup, request.n_left - 1)))
+        self._next_draft = self._n_steps + speculation.pause
+        if texts:
+            drafts = speculation.draft([text for _, text in texts], n_rows)
+            for (request, _), guesses in zip(texts, drafts, strict=True):
+                request.drafts = guesses
+                if guesses:
+                    self._next_draft = self._n_steps + 1
 
     def _forward(self, batch: Batch[Generation]) -> Float32:
         """Compute a batch; returns the logits of the last token of each part that is_last, and of its drafts."""
@@ -211,19 +222,27 @@ class Engine:
         n_tokens = n_rows = 0
         is_decoding = self._speculation is not None
         for i, (request, start, stop, n_drafts) in enumerate(batch):
-            end = stop + n_drafts
-            begin, n_tokens = n_tokens, n_tokens + end - start
-            if n_drafts:
-                request.ids[stop:end] = request.drafts[:n_drafts]
-            self._tokens[begin:n_tokens] = request.ids[start:end]
-            self._positions[begin:n_tokens] = numbers[start:end]
+            begin = n_tokens
             self._tables[i, : len(request.blocks)] = request.blocks
+            if stop - start == 1 and not n_drafts:
+                self._tokens[begin] = request.tokens[start]
+                self._positions[begin] = start
+                n_tokens = begin + 1
+            else:
+                end = stop + n_drafts
+                n_tokens = begin + end - start
+                request.ids[stop:end] = request.drafts[:n_drafts]
+                self._tokens[begin:n_tokens] = request.ids[start:end]
+                self._positions[begin:n_tokens] = numbers[start:end]
+                is_decoding = is_decoding and stop - start == 1
             starts[i + 1] = n_tokens
             if stop == len(request.tokens):
-                first_row, n_rows = n_rows, n_rows + 1 + n_drafts
-                self._rows[first_row:n_rows] = numbers[n_tokens - 1 - n_drafts : n_tokens]
-            is_decoding = is_decoding and stop - start == 1
-        begun_s = time.perf_counter()
+                for row in range(n_tokens - 1 - n_drafts, n_tokens):
+                    self._rows[n_rows] = row
+                    n_rows += 1
+        # A few steps without guesses suffice to compare with.
+        is_timed = is_decoding and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
+        begun_s = time.perf_counter() if is_timed else 0.0
         logits_RV = self._model.forward(
             self._tokens[:n_tokens],
             self._positions[:n_tokens],
@@ -232,7 +251,7 @@ class Engine:
             self._rows[:n_rows],
             self._cache,
         )
-        if self._speculation and is_decoding:
+        if self._speculation and is_timed:
             self._speculation.observe(n_tokens, time.perf_counter() - begun_s)
         return logits_RV
 

@@ -86,15 +86,19 @@ class Scheduler(Generic[R]):
         Returns:
             Slices in order of arrival, at most max_step_tokens tokens together with drafts; empty without requests.
         """
+        block_tokens = self.pool.block_tokens
         for request in self.requests:
-            self._trim(request)
+            if len(request.tokens) <= (len(request.blocks) - 1) * block_tokens:
+                self._trim(request)
         batch: Batch[R] = []
         budget = self.max_step_tokens
         for i, request in enumerate(self.requests):
-            if budget == 0 or not self._reserve(request, self.requests[i + 1 :]):
+            n_tokens = len(request.tokens)
+            has_room = n_tokens <= len(request.blocks) * block_tokens
+            if budget == 0 or not (has_room or self._reserve(request, self.requests[i + 1 :])):
                 break
             start = request.n_computed
-            stop = min(len(request.tokens), start + budget)
+            stop = min(n_tokens, start + budget)
             batch.append(Slice(request, start, stop))
             budget -= stop - start
             request.n_computed = stop
@@ -109,10 +113,9 @@ class Scheduler(Generic[R]):
     def _trim(self, request: R) -> None:
         """Free the blocks of drafts that were not accepted."""
         n_needed = self.pool.count(len(request.tokens))
-        if len(request.blocks) > n_needed:
-            spare = request.blocks[n_needed:]
-            del request.blocks[n_needed:]
-            self.pool.release(spare)
+        spare = request.blocks[n_needed:]
+        del request.blocks[n_needed:]
+        self.pool.release(spare)
 
     def _reserve_drafts(self, request: R, most: int) -> int:
         n_blocks = len(request.blocks) + self.pool.n_free

@@ -5,14 +5,15 @@ draws every token itself, and a guess that was right only saves a step. Knows no
 
     lookup = Lookup(tokens)                        # of one text, whose list grows
     speculation = Speculation()                    # of one model, for all its texts
-    (drafts,) = speculation.draft([(lookup, 8)])
+    lookup.read()
+    (drafts,) = speculation.draft([(lookup, 8)], n_rows=1)
     speculation.observe(n_rows=1 + len(drafts), seconds=0.02)
 """
 
 from collections.abc import Sequence
 
-# Lengths of the tokens that are looked up, longest first. With 3 as well the acceptance is the same.
-NGRAMS = (4, 2)
+# Earlier occurrences of the last two tokens that are compared.
+CANDIDATES = 4
 # Matches of this length and longer are counted together.
 LONGEST = 8
 # Most guesses for one text in one step: with the token before them they fill a tile of 16 rows.
@@ -21,17 +22,23 @@ MAX_DRAFTS = 15
 TEXT_RATE = 0.05
 COST_RATE = 0.02
 # Price of a row until it is measured, and how strongly it is believed against measurements (in squared rows).
-FIRST_PRICE = 0.4
+FIRST_PRICE = 0.25
 FIRST_WEIGHT = 0.02
+# What a guess costs beside its row, in prices of a row: drawing and reading what it says.
+MARGIN = 1.15
 # A step that took longer than this multiple of what was expected was disturbed.
 DISTURBED = 3.0
+# Looking for guesses takes about so many seconds, and may take this part of the time.
+LOOK_SECONDS = 1e-5
+LOOK_SHARE = 0.01
 
 
 class Lookup:
     """What followed the latest tokens of a text when they came before, and how often that was right.
 
-    A match is followed for as long as it predicts the text; then the last NGRAMS tokens are looked up, and the
-    latest place where they occur is the next match. Each token costs the same, however long the text.
+    A match is followed for as long as it predicts the text. Then the places where the last two tokens occur are
+    compared, the latest CANDIDATES of them, and the one that shares most tokens with the end of the text is the next
+    match. Each token costs the same, however long the text.
 
     Args:
         tokens: of the text; the list may grow, and is read up to its end by every call.
@@ -39,50 +46,55 @@ class Lookup:
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
-        self._n_read = 0
-        # Index after the latest occurrence of each n-gram, packed into one number.
-        self._after4: dict[int, int] = {}
-        self._after2: dict[int, int] = {}
-        # The last bigram and the one before it; negative numbers match nothing.
-        self._bigram = self._earlier = -1
-        self._last = -1
+        # Index after the latest occurrence of each bigram, and for each token that of the one before.
+        self._after: dict[int, int] = {}
+        self._before: list[int] = []
         # The token that a match predicts, 0 for none, and the length of that match.
         self._source = 0
         self._length = 0
         # Chance that the next token is the one predicted, by length of the match.
-        self._chances = [n / (n + 3) for n in range(LONGEST + 1)]
+        self._chances = [n / (n + 5) for n in range(LONGEST + 1)]
 
-    def read(self) -> None:
-        """Take in the tokens that are new."""
-        tokens, chances = self._tokens, self._chances
-        for i in range(self._n_read, len(tokens)):
+    def read(self) -> bool:
+        """Take in the tokens that are new; says whether there is something to guess."""
+        tokens, after, before, source = self._tokens, self._after, self._before, self._source
+        n_read = len(before)
+        # No bigram with the first token, whatever comes before it, is a negative number.
+        last = tokens[n_read - 1] if n_read else -1
+        for i in range(n_read, len(tokens)):
             token = tokens[i]
-            if self._source:
-                n = self._length
-                if tokens[self._source] == token:
+            if source:
+                n, chances = self._length, self._chances
+                if tokens[source] == token:
                     chances[n] += TEXT_RATE * (1.0 - chances[n])
-                    self._source += 1
+                    source += 1
                     self._length = min(n + 1, LONGEST)
                 else:
                     chances[n] -= TEXT_RATE * chances[n]
-                    self._source = 0
-            bigram = self._last << 32 | token
-            fourgram = self._earlier << 64 | bigram
-            if not self._source:
-                self._find(i, bigram, fourgram)
-            self._after4[fourgram] = self._after2[bigram] = i + 1
-            self._earlier, self._bigram, self._last = self._bigram, bigram, token
-        self._n_read = len(tokens)
+                    source = 0
+            bigram = last << 32 | token
+            before.append(after.get(bigram, 0))
+            after[bigram] = i + 1
+            last = token
+        self._source = source or self._find()
+        return self._source > 0
 
-    def _find(self, i: int, bigram: int, fourgram: int) -> None:
-        source, length = self._after4.get(fourgram, 0), NGRAMS[0]
-        if not source:
-            source, length = self._after2.get(bigram, 0), NGRAMS[1]
-        if source:
-            tokens = self._tokens
-            while length < min(LONGEST, source) and tokens[source - 1 - length] == tokens[i - length]:
-                length += 1
-            self._source, self._length = source, length
+    def _find(self) -> int:
+        """The token after the longest match, of these the latest; 0 if there is none."""
+        tokens, before = self._tokens, self._before
+        best = self._length = 0
+        i = len(tokens) - 1
+        source = before[i]
+        for _ in range(CANDIDATES):
+            if not source or self._length == LONGEST:
+                break
+            n = 2
+            while n < LONGEST and n < source and tokens[source - 1 - n] == tokens[i - n]:
+                n += 1
+            if n > self._length:
+                best, self._length = source, n
+            source = before[source - 1]
+        return best
 
     def chance(self, i: int) -> float:
         """Chance that guess i is right, where those before it are; 0 where there is no guess."""
@@ -102,7 +114,7 @@ class Speculation:
     A step of n rows takes time in proportion to 1 + price * (n - 1); the price is fitted to the steps observed.
     A guess is drafted while the tokens per second expected from the step rise with it: while
 
-        chance of its acceptance / price of its row  >  tokens expected without it / time without it.
+        chance of its acceptance / (MARGIN * price)  >  tokens expected without it / time without it.
     """
 
     def __init__(self) -> None:
@@ -129,6 +141,11 @@ class Speculation:
         self._variance = (1 - rate) * (self._variance + rate * more_rows * more_rows)
         self._covariance = (1 - rate) * (self._covariance + rate * more_rows * more_seconds)
 
+    @property
+    def pause(self) -> int:
+        """Steps from a look that found nothing to draft to the next: looking takes Python some time."""
+        return 1 + int(LOOK_SECONDS / (LOOK_SHARE * self._seconds)) if self._seconds else 1
+
     def price(self, n_rows: int) -> float:
         """What one more row costs, as a fraction of a step of n_rows."""
         if not self._n_steps:
@@ -141,17 +158,17 @@ class Speculation:
         first = self._seconds * FIRST_PRICE / (1 + FIRST_PRICE * (self._rows - 1))
         return max((self._covariance + FIRST_WEIGHT * first) / (self._variance + FIRST_WEIGHT), 0.0)
 
-    def draft(self, texts: Sequence[tuple[Lookup, int]]) -> list[list[int]]:
-        """Guesses for texts that each have one token to compute in the next step.
+    def draft(self, texts: Sequence[tuple[Lookup, int]], n_rows: int) -> list[list[int]]:
+        """Guesses for some of the texts of the next step.
 
         Args:
-            texts: each with the most guesses that it can use.
+            texts: each with the most guesses that it can use; all its tokens are read.
+            n_rows: of the step without guesses: one token of each of its texts.
         """
-        price = self.price(len(texts)) if texts else 0.0
-        tokens, time = float(len(texts)), 1.0
+        price = MARGIN * self.price(n_rows)
+        tokens, time = float(n_rows), 1.0
         drafts = []
         for lookup, most in texts:
-            lookup.read()
             n, all_right = 0, 1.0
             while n < min(most, MAX_DRAFTS):
                 all_right *= lookup.chance(n)

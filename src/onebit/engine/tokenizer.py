@@ -46,6 +46,9 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
+        # Tokens of bytes: the text of several is that of each, one after another, but for cut characters.
+        self._is_bytewise = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        self._wholes: dict[int, str | None] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -72,6 +75,13 @@ class Tokenizer:
                 raise ValueError(f"{token!r} is no token id; expected whole numbers from 0 to 2^32 - 1")
         with _refusing("cannot decode these tokens"):
             return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def decode_whole(self, token: int) -> str | None:
+        """Text of a token that is the same in every company; None if there is none such."""
+        if token not in self._wholes:
+            text = self.decode([token])
+            self._wholes[token] = text if self._is_bytewise and _INCOMPLETE not in text else None
+        return self._wholes[token]
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
@@ -148,6 +158,10 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is now certain."""
+        # Almost every token of almost every text: no character is cut before it or in it.
+        if len(self._tokens) == self._n_shown and (text := self._tokenizer.decode_whole(token)) is not None:
+            self._tokens, self._n_shown = [token], 1
+            return self._release(text)
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         if text.endswith(_INCOMPLETE):
@@ -166,6 +180,8 @@ class Detokenizer:
         return text
 
     def _release(self, new: str) -> str:
+        if not self._stop:
+            return new
         if self.stopped:
             return ""
         text = self._held + new
