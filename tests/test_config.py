@@ -5,7 +5,7 @@ import json
 import pytest
 
 import tiny
-from onebit.config import ModelConfig
+from onebit.config import ModelConfig, RopeScaling
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,14 @@ def test_linear_layers_are_told_from_the_rest():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"scale": "row"}, {"scale": 16}, {"eos_tokens": (1, 2), "bos_token": 3}]
+    "changes",
+    [
+        {},
+        {"scale": "row"},
+        {"scale": 16},
+        {"eos_tokens": (1, 2), "bos_token": 3},
+        {"rope_scaling": RopeScaling("yarn", 4.0, 48, attention_factor=1.1)},
+    ],
 )
 def test_json_round_trip(changes):
     config = tiny.config(**changes)
@@ -103,3 +110,84 @@ def test_unknown_and_missing_fields_are_named():
         ModelConfig.from_dict(values)
     with pytest.raises(ValueError, match="eos_tokens is 5; expected a list"):
         ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"eos_tokens": 5})
+
+
+# theta, d_head, rope_scaling as in config.json; its attention factor and 8 of its frequencies, evenly spread, by
+# transformers 5.23.0: ROPE_INIT_FUNCTIONS[type](LlamaConfig(head_dim=d_head, rope_parameters=...), "cpu").
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+MSCALE = YARN | {
+    "rope_type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
+}
+OPEN = YARN | {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+NARROW = YARN | {"factor": 2.0, "original_max_position_embeddings": 256, "attention_factor": 1.5}
+TRANSFORMERS = [
+    (1e4, 16, {"type": "linear", "factor": 4.0}, 1.0,
+     [0.25, 0.07905694, 0.025, 0.007905695, 0.0025, 0.0007905695, 0.00025, 7.905695e-05]),
+    (5e5, 64, LLAMA3, 1.0,
+     [1.0, 0.1939228, 0.03760603, 0.007292665, 0.000524846, 3.428102e-05, 6.64787e-06, 1.289173e-06]),
+    (5e5, 64, LLAMA3 | {"factor": 32.0}, 1.0,
+     [1.0, 0.1939228, 0.03760603, 0.007292665, 0.0004295567, 8.570256e-06, 1.661967e-06, 3.222933e-07]),
+    (1e6, 64, YARN, 1.138629436111989,
+     [1.0, 0.1778279, 0.03162278, 0.005154795, 0.0005833334, 4.445699e-05, 7.905694e-06, 1.405853e-06]),
+    (1e4, 64, MSCALE, 1.0857263992561355,
+     [1.0, 0.3162278, 0.1, 0.02687936, 0.0055, 0.0007905694, 2.5e-05, 7.905694e-06]),
+    (1.5e5, 64, OPEN, 1.3465735902799727,
+     [1.0, 0.225418, 0.05081327, 0.006794959, 0.0004564839, 1.818834e-05, 4.099978e-06, 9.24209e-07]),
+    (1e1, 16, NARROW, 1.5,
+     [1.0, 0.7210521, 0.5190843, 0.3730392, 0.2675774, 0.191534, 0.1367907, 0.09744965]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("theta", "d_head", "scaling", "factor", "frequencies"), TRANSFORMERS)
+def test_scaled_positions_are_those_of_transformers(theta, d_head, scaling, factor, frequencies):
+    values = tiny.CONFIG.to_dict() | {"rope_theta": theta, "d_head": d_head, "rope_scaling": scaling}
+    config = ModelConfig.from_dict(values)
+    ours = config.rope_frequencies()
+    assert len(ours) == d_head // 2
+    assert ours[:: max(1, d_head // 16)] == pytest.approx(frequencies, rel=5e-7)
+    assert config.rope_attention_factor == pytest.approx(factor, rel=1e-15)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_config_without_scaling_does_not_mention_it():
+    assert "rope_scaling" not in tiny.CONFIG.to_dict()
+    for scaling in (None, {"rope_type": "default"}):
+        assert ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"rope_scaling": scaling}) == tiny.CONFIG
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"type": "dynamic", "factor": 2.0}, "dynamic positions depend on how long a text becomes"),
+        ({"rope_type": "longrope", "short_factor": [1.0]}, "longrope changes all positions"),
+        ({"rope_type": "su", "factor": 2.0}, "rope_type is 'su'; expected one of linear, llama3, yarn"),
+        ({"factor": 2.0}, "rope_type is None"),
+        ({"rope_type": ["yarn"], "factor": 2.0}, "expected one of linear, llama3, yarn"),
+        ({"type": "linear"}, "factor is missing"),
+        ({"type": "linear", "factor": 0.5}, "factor is 0.5; expected at least 1"),
+        ({"type": "linear", "factor": True}, "factor is True; expected a positive number"),
+        ({"type": "linear", "factor": float("nan")}, "factor is nan"),
+        ({"type": "linear", "factor": 2.0, "beta": 1}, "unknown field 'beta'"),
+        ({"type": "yarn", "factor": 2.0}, "original_max_position_embeddings is None; yarn needs"),
+        (YARN | {"beta_fast": 1.0}, "expected low_freq_factor < high_freq_factor and beta_slow < beta_fast"),
+        (YARN | {"truncate": 1}, "truncate is 1; expected true or false"),
+        (YARN | {"attention_factor": 0}, "attention_factor is 0; expected a positive number"),
+        (YARN | {"mscale": "x", "mscale_all_dim": 1}, "expected mscale and mscale_all_dim to be numbers"),
+        (LLAMA3 | {"original_max_position_embeddings": 8192.0}, "original_max_position_embeddings is 8192.0"),
+        ("yarn", "rope_scaling is 'yarn'; expected a table"),
+    ],
+)
+def test_scalings_that_cannot_be_served_are_refused(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"rope_scaling": scaling})

@@ -200,6 +200,7 @@ onebit::ModelConfig read_config(nb::handle config) {
       .d_head = positive(config, "d_head"),
       .d_ff = positive(config, "d_ff"),
       .max_seq_len = positive(config, "max_seq_len"),
+      .rope_attention_factor = nb::cast<double>(config.attr("rope_attention_factor")),
       .norm_eps = nb::cast<float>(config.attr("norm_eps")),
       .activation = choose<FfnActivation>(config, "activation",
                                           {{"silu", FfnActivation::kSilu}, {"relu2", FfnActivation::kRelu2}}),

@@ -109,8 +109,8 @@ void Model::embed(const Batch& batch) {
   pool_.run(batch.n_tokens, [&](int, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       embed_row(weights_.embed, batch.tokens[t], w.x_TD.get() + t * config_.d_model);
-      rope_angles(batch.positions[t], weights_.inv_freq.data(), config_.d_head / 2, w.cos_TH.get() + t * half,
-                  w.sin_TH.get() + t * half);
+      rope_angles(batch.positions[t], weights_.inv_freq.data(), config_.d_head / 2, config_.rope_attention_factor,
+                  w.cos_TH.get() + t * half, w.sin_TH.get() + t * half);
     }
   });
 }

@@ -41,12 +41,12 @@ void sincos(double x, double* sin, double* cos) noexcept {
   if ((quadrant + 1) & 2) *cos = -*cos;
 }
 
-void rope_angles(int position, const float* inv_freq, int n, float* cos, float* sin) noexcept {
+void rope_angles(int position, const float* inv_freq, int n, double scale, float* cos, float* sin) noexcept {
   for (int i = 0; i < n; ++i) {
     double s, c;
     sincos(static_cast<double>(position) * static_cast<double>(inv_freq[i]), &s, &c);
-    cos[i] = static_cast<float>(c);
-    sin[i] = static_cast<float>(s);
+    cos[i] = static_cast<float>(scale * c);
+    sin[i] = static_cast<float>(scale * s);
   }
 }
 

@@ -19,8 +19,10 @@ void test_rope() {
 
   const float inv_freq[] = {1.0f, 0.5f};
   float cos[2], sin[2];
-  onebit::rope_angles(0, inv_freq, 2, cos, sin);
+  onebit::rope_angles(0, inv_freq, 2, 1.0, cos, sin);
   CHECK(cos[0] == 1.0f && cos[1] == 1.0f && sin[0] == 0.0f && sin[1] == 0.0f);
-  onebit::rope_angles(3, inv_freq, 2, cos, sin);
+  onebit::rope_angles(3, inv_freq, 2, 1.0, cos, sin);
   CHECK(cos[1] == static_cast<float>(std::cos(1.5)) && sin[0] == static_cast<float>(std::sin(3.0)));
+  onebit::rope_angles(3, inv_freq, 2, 1.25, cos, sin);
+  CHECK(cos[1] == static_cast<float>(1.25 * std::cos(1.5)) && sin[0] == static_cast<float>(1.25 * std::sin(3.0)));
 }

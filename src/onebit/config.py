@@ -8,13 +8,147 @@ A model family is a handful of these flags. Knows nothing of files, tensors or t
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 Weights = Literal["b1.58", "b1", "dense"]
 Activations = Literal["a8", "a4", "a1", "none"]
 FfnActivation = Literal["silu", "relu2"]
+RopeType = Literal["linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the context that a model was first trained on.
+
+    Names and meanings are those of `rope_scaling` in a Hugging Face config.json; `from_dict` reads one. With
+    f = theta^(-2i/d_head), the frequency of pair i, and L = original_max_position_embeddings:
+
+        linear      f / factor
+        llama3      f / factor for wavelengths 2 pi / f above L / low_freq_factor, f below L / high_freq_factor,
+                    between them a blend that is linear in L f / (2 pi)
+        yarn        a blend from f to f / factor, linear in i, between the pairs that turn beta_fast and
+                    beta_slow times in L positions; cosines and sines are multiplied by attention_factor
+
+    Args:
+        rope_type: "linear", "llama3" or "yarn".
+        factor: how far frequencies are divided; at least 1.
+        original_max_position_embeddings: L; llama3 and yarn need it.
+        low_freq_factor: of llama3.
+        high_freq_factor: of llama3.
+        beta_fast: of yarn.
+        beta_slow: of yarn.
+        truncate: of yarn: whether the ends of the blend are rounded outwards to whole pairs.
+        attention_factor: of yarn; None takes 0.1 ln(factor) + 1.
+
+    Raises:
+        ValueError: values that do not fit together.
+
+    Source: arXiv:2306.15595 (linear), arXiv:2309.00071 (yarn), arXiv:2407.21783 (llama3).
+    """
+
+    rope_type: RopeType
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in get_args(RopeType):
+            expected = ", ".join(get_args(RopeType))
+            raise ValueError(f"rope_scaling: rope_type is {self.rope_type!r}; expected one of {expected}")
+        names = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
+        for name in [*names, *(["attention_factor"] if self.attention_factor is not None else [])]:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**31:
+                raise ValueError(f"rope_scaling: {name} is {value!r}; expected a positive number")
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling: factor is {self.factor!r}; expected at least 1")
+        original = self.original_max_position_embeddings
+        if self.rope_type != "linear" and (type(original) is not int or not 0 < original < 2**24):
+            raise ValueError(
+                f"rope_scaling: original_max_position_embeddings is {original!r}; {self.rope_type} needs the "
+                "context that the model was first trained on, a whole number of tokens"
+            )
+        if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
+            raise ValueError(
+                "rope_scaling: expected low_freq_factor < high_freq_factor and beta_slow < beta_fast"
+            )
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"rope_scaling: truncate is {self.truncate!r}; expected true or false")
+
+    def stretch(self, frequencies: list[float], theta: float) -> list[float]:
+        """The frequencies of all pairs of a head, made slower."""
+        original = self.original_max_position_embeddings or 1
+        n = len(frequencies)
+        if self.rope_type == "linear":
+            # How much of each frequency stays as it is.
+            keep = [0.0] * n
+        elif self.rope_type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            keep = [(original * f / math.tau - low) / (high - low) for f in frequencies]
+        else:
+            # The pair that turns so many times, as a real number; all of them where theta is 1.
+            log = math.log(theta) or math.inf
+            low, high = (
+                n * math.log(original / (turns * math.tau)) / log
+                for turns in (self.beta_fast, self.beta_slow)
+            )
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, 2 * n - 1)
+            keep = [1 - (i - low) / (high - low if high != low else 0.001) for i in range(n)]
+        keep = [min(max(share, 0.0), 1.0) for share in keep]
+        return [f * (k + (1 - k) / self.factor) for f, k in zip(frequencies, keep, strict=True)]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RopeScaling | None":
+        """Read `rope_scaling`, or `rope_parameters` without its rope_theta, of a Hugging Face config.json.
+
+        Returns:
+            None for the type "default".
+
+        Raises:
+            ValueError: a type that cannot be served, or a missing, unknown or impossible value.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"config: rope_scaling is {values!r}; expected a table")
+        values = dict(values)
+        # Older files say type, and some say both.
+        kind = values.pop("type", None)
+        kind = values.setdefault("rope_type", kind)
+        if kind == "default":
+            return None
+        if kind == "dynamic":
+            raise ValueError(
+                "rope_scaling: dynamic positions depend on how long a text becomes, so the same tokens would not "
+                "have the same logits; within the original context the model is the same without rope_scaling"
+            )
+        if kind == "longrope":
+            raise ValueError(
+                "rope_scaling: longrope changes all positions when a text outgrows the original context, so the "
+                f"same tokens would not have the same logits; expected one of {', '.join(get_args(RopeType))}"
+            )
+        scales = [values.pop(name, None) for name in ("mscale", "mscale_all_dim")]
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"rope_scaling: unknown field {name!r}; expected {', '.join(known)}")
+        if "factor" not in values:
+            raise ValueError("rope_scaling: factor is missing")
+        scaling = cls(**values)
+        if all(scales) and scaling.attention_factor is None:
+            try:
+                above, below = (0.1 * float(scale) * math.log(scaling.factor) + 1 for scale in scales)
+                return replace(scaling, attention_factor=above / below)
+            except (TypeError, ValueError, ZeroDivisionError):
+                raise ValueError("rope_scaling: expected mscale and mscale_all_dim to be numbers") from None
+        return scaling
 
 
 @dataclass(frozen=True)
@@ -31,6 +165,7 @@ class ModelConfig:
         d_ff: width of the gated feed-forward layer.
         max_seq_len: longest context in tokens.
         rope_theta: base of the rotary position angles; at least 1.
+        rope_scaling: how positions beyond the original context are reached, or None.
         norm_eps: added to the mean square in every RMSNorm.
         activation: of the gate: "silu" (SwiGLU) or "relu2" (squared ReLU).
         sub_norm: RMSNorm before the o and the down projection.
@@ -54,6 +189,7 @@ class ModelConfig:
     d_ff: int
     max_seq_len: int = 512
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     activation: FfnActivation = "relu2"
     sub_norm: bool = True
@@ -92,6 +228,8 @@ class ModelConfig:
                 raise ValueError(f"config: {name} is {value!r}; expected a positive number")
         if self.rope_theta < 1:
             raise ValueError(f"config: rope_theta is {self.rope_theta!r}; expected at least 1")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(f"config: rope_scaling is {self.rope_scaling!r}; expected a RopeScaling or None")
         for name in ("sub_norm", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected true or false")
@@ -128,8 +266,19 @@ class ModelConfig:
         return f"W{weights}A{activations}KV16"
 
     def rope_frequencies(self) -> list[float]:
-        """Rotary angle of each pair of a head per position, theta^(-2 i / d_head); used rounded to float32."""
-        return [math.pow(self.rope_theta, -2 * i / self.d_head) for i in range(self.d_head // 2)]
+        """Rotary angle of each pair of a head per position, theta^(-2 i / d_head) and scaled; used as float32."""
+        frequencies = [math.pow(self.rope_theta, -2 * i / self.d_head) for i in range(self.d_head // 2)]
+        return self.rope_scaling.stretch(frequencies, self.rope_theta) if self.rope_scaling else frequencies
+
+    @property
+    def rope_attention_factor(self) -> float:
+        """What cosines and sines of the rotary angles are multiplied by; 1 unless yarn asks for more."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type != "yarn":
+            return 1.0
+        if scaling.attention_factor is None:
+            return 0.1 * math.log(scaling.factor) + 1
+        return scaling.attention_factor
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Name and [out, in] of the seven linear layers of a block, in the order in which they run."""
@@ -164,8 +313,10 @@ class ModelConfig:
         return len(parts) == 4 and parts[0] == "layers" and parts[2] in self.linear_shapes()
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON-ready values."""
+        """The config as JSON-ready values; rope_scaling only where there is one."""
         values = asdict(self)
+        if self.rope_scaling is None:
+            del values["rope_scaling"]
         values["eos_tokens"] = list(self.eos_tokens)
         return values
 
@@ -190,4 +341,6 @@ class ModelConfig:
         if not isinstance(eos, (list, tuple)):
             raise ValueError(f"config: eos_tokens is {eos!r}; expected a list of token ids")
         values["eos_tokens"] = tuple(eos)
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
         return cls(**values)

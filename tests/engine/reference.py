@@ -7,6 +7,7 @@ import numpy as np
 
 from onebit import quant
 from onebit.checkpoint import Checkpoint, to_dense
+from onebit.config import ModelConfig
 from onebit.packing import PackedTensor, unpack
 
 
@@ -15,7 +16,7 @@ def logits(checkpoint: Checkpoint, tokens: list[int]) -> np.ndarray:
     config = checkpoint.config
     weights = checkpoint.tensors
     quantize = quant.ACTIVATION_QUANTIZERS[config.activations]
-    cos_TH, sin_TH = angles(len(tokens), config.d_head, config.rope_theta)
+    cos_TH, sin_TH = angles(len(tokens), config)
 
     def norm(x, name):
         r = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(config.norm_eps))
@@ -76,11 +77,12 @@ def attention(q_TNH: np.ndarray, k_TKH: np.ndarray, v_TKH: np.ndarray) -> np.nda
     return np.einsum("nts,snh->tnh", p_NTS, v_TNH).reshape(n_tokens, -1)
 
 
-def angles(n_tokens: int, d_head: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+def angles(n_tokens: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the rotary positions, float32 [T, H / 2]."""
-    inv_freq = (theta ** (-np.arange(0, d_head, 2) / d_head)).astype(np.float32).astype(np.float64)
+    inv_freq = np.array(config.rope_frequencies(), np.float32).astype(np.float64)
     angle = np.arange(n_tokens)[:, None] * inv_freq
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    factor = config.rope_attention_factor
+    return (factor * np.cos(angle)).astype(np.float32), (factor * np.sin(angle)).astype(np.float32)
 
 
 def rotated(x_TNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from onebit.checkpoint import Checkpoint, quantize
-from onebit.config import ModelConfig
+from onebit.config import ModelConfig, RopeScaling
 from onebit.formats import native
 from onebit.packing import PackedTensor
 
@@ -17,7 +17,7 @@ VARIANTS = [
     {},
     {"scale": "row", "tied_head": False},
     {"scale": 16, "sub_norm": False, "activation": "silu", "eos_tokens": (1, 2), "bos_token": 3},
-    {"weights": "b1", "activations": "a1"},
+    {"weights": "b1", "activations": "a1", "rope_scaling": RopeScaling("linear", 2.0)},
 ]
 
 # Of the file of golden_checkpoint(). It changes with the format, and with nothing else.

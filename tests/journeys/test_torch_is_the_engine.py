@@ -8,6 +8,7 @@ import torch
 
 import tiny
 from onebit.checkpoint import quantize
+from onebit.config import RopeScaling
 from onebit.engine.model import available_isas
 from onebit.llm import LLM
 from onebit.nn.transformer import Transformer
@@ -19,6 +20,8 @@ CONFIGS = {
     "groups": {"scale": 16},
     "a4": {"activations": "a4", "n_kv_heads": 4},
     "a1": {"activations": "a1", "n_kv_heads": 1},
+    "yarn": {"rope_scaling": RopeScaling("yarn", 8.0, 24)},
+    "llama3": {"rope_scaling": RopeScaling("llama3", 8.0, 24)},
     "odd widths": {"d_model": 40, "d_head": 18, "d_ff": 70},
 }
 

@@ -28,6 +28,7 @@ struct ModelConfig {
   int d_head;
   int d_ff;
   int max_seq_len;
+  double rope_attention_factor;
   float norm_eps;
   FfnActivation activation;
   Activations activations;

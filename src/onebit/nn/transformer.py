@@ -160,13 +160,14 @@ class Transformer(nn.Module):
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, float32 [max_seq_len, d_head / 2].
 
-    angle = position * float32(theta^(-2 i / d_head)), computed in float64, where the product is exact.
+    angle = position * float32(frequency), in float64, where it is exact. Sine, cosine and their product with the
+    attention factor are float64 too, and rounded once.
     """
     frequencies = np.array(config.rope_frequencies(), np.float32).astype(np.float64)
     angle = np.arange(config.max_seq_len, dtype=np.float64)[:, None] * frequencies
-    return torch.from_numpy(np.cos(angle).astype(np.float32)), torch.from_numpy(
-        np.sin(angle).astype(np.float32)
-    )
+    factor = config.rope_attention_factor
+    cos, sin = ((factor * wave(angle)).astype(np.float32) for wave in (np.cos, np.sin))
+    return torch.from_numpy(cos), torch.from_numpy(sin)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
