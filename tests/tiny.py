@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import tokenizers
 
-from onebit.checkpoint import Checkpoint
+from onebit.checkpoint import Checkpoint, granularity, scale_shape
 from onebit.config import ModelConfig
+from onebit.packing import MAX_CODE, TILE_ROWS, PackedTensor, pack, packed_shape
 
 EOS = 0
 TEXT = (
@@ -73,6 +74,24 @@ def master(config: ModelConfig = CONFIG, seed: int = 0, chat_template: str | Non
     return Checkpoint(
         config, tensors(config, seed), tokenizer, chat_template, {"recipe": {"name": "tiny", "seed": seed}}
     )
+
+
+def synthetic(config: ModelConfig, encoding: str = "t80") -> Checkpoint:
+    """A packed model of any size in no time: valid bytes and scales, repeated, without meaning."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 1:
+            tensors[name] = np.ones(shape, np.float32)
+            continue
+        layout = encoding if config.is_linear(name) else "q8"
+        codes = rng.integers(-MAX_CODE[layout], MAX_CODE[layout] + 1, (TILE_ROWS[layout], 4 * 4096)).astype(
+            np.int8
+        )
+        data = np.resize(pack(codes, layout), packed_shape(layout, shape))
+        scale = np.full(scale_shape(shape, granularity(name, config)), shape[-1] ** -0.5, np.float32)
+        tensors[name] = PackedTensor(layout, shape, data, scale)
+    return Checkpoint(config, tensors)
 
 
 class FakeModel:

@@ -14,6 +14,10 @@
 namespace onebit {
 namespace {
 
+// Tokens that pass through the feed-forward layer together: enough to keep the weights read rarely, few enough that its
+// wide activations stay small.
+constexpr int kFfnTokens = 256;
+
 Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
   switch (activations) {
     case Activations::kA4:
@@ -30,13 +34,18 @@ Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
 
 struct Model::Workspace {
   Buffer<float> x_TD;
-  Buffer<float> y_TD;
-  Buffer<float> q_TNH;
-  Buffer<float> k_TKH;
-  Buffer<float> v_TKH;
-  Buffer<float> a_TNH;
-  Buffer<float> gate_TF;
-  Buffer<float> up_TF;
+
+  // One piece of memory that attention and feed-forward layer fill by turns. y is written when the others are no longer
+  // needed.
+  Buffer<float> shared;
+  float* q_TNH = nullptr;
+  float* k_TKH = nullptr;
+  float* v_TKH = nullptr;
+  float* a_TNH = nullptr;
+  float* gate_TF = nullptr;  // [kFfnTokens, F]
+  float* up_TF = nullptr;
+  float* y_TD = nullptr;
+
   Buffer<float> cos_TH;  // [T, H / 2]
   Buffer<float> sin_TH;
   QuantizedRows codes;
@@ -73,7 +82,9 @@ void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
   embed(batch);
   for (int layer = 0; layer < config_.n_layers; ++layer) {
     attention(batch, cache, layer);
-    feed_forward(weights_.layers[layer], batch.n_tokens);
+    for (int first = 0; first < batch.n_tokens; first += kFfnTokens) {
+      feed_forward(weights_.layers[layer], first, std::min(batch.n_tokens - first, kFfnTokens));
+    }
   }
   head(batch, logits);
 }
@@ -83,14 +94,15 @@ void Model::reserve(const Batch& batch) {
   const std::size_t t = batch.n_tokens;
   const std::size_t q_width = static_cast<std::size_t>(config_.n_heads) * config_.d_head;
   const std::size_t kv_width = static_cast<std::size_t>(config_.n_kv_heads) * config_.d_head;
+  const std::size_t ffn = std::min(batch.n_tokens, kFfnTokens) * static_cast<std::size_t>(config_.d_ff);
   w.x_TD.reserve(t * config_.d_model);
-  w.y_TD.reserve(t * config_.d_model);
-  w.q_TNH.reserve(t * q_width);
-  w.k_TKH.reserve(t * kv_width);
-  w.v_TKH.reserve(t * kv_width);
-  w.a_TNH.reserve(t * q_width);
-  w.gate_TF.reserve(t * config_.d_ff);
-  w.up_TF.reserve(t * config_.d_ff);
+  w.y_TD = w.shared.reserve(std::max({t * (2 * q_width + 2 * kv_width), t * config_.d_model, 2 * ffn}));
+  w.q_TNH = w.y_TD;
+  w.k_TKH = w.q_TNH + t * q_width;
+  w.v_TKH = w.k_TKH + t * kv_width;
+  w.a_TNH = w.v_TKH + t * kv_width;
+  w.gate_TF = w.y_TD;
+  w.up_TF = w.gate_TF + ffn;
   w.cos_TH.reserve(t * config_.d_head / 2);
   w.sin_TH.reserve(t * config_.d_head / 2);
   w.seq_T.reserve(t);
@@ -133,16 +145,16 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       w.codes.write(kernels_, quantize_, h_D, t);
     }
   });
-  const LinearOutput qkv[] = {{&weights.q, w.q_TNH.get()}, {&weights.k, w.k_TKH.get()}, {&weights.v, w.v_TKH.get()}};
+  const LinearOutput qkv[] = {{&weights.q, w.q_TNH}, {&weights.k, w.k_TKH}, {&weights.v, w.v_TKH}};
   linear(kernels_, pool_, qkv, w.codes);
 
   pool_.run(batch.n_tokens, [&](int, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       const float* cos_H = w.cos_TH.get() + t * (d_head / 2);
       const float* sin_H = w.sin_TH.get() + t * (d_head / 2);
-      float* k_KH = w.k_TKH.get() + t * kv_width;
-      const float* v_KH = w.v_TKH.get() + t * kv_width;
-      kernels_.rope(w.q_TNH.get() + t * q_width, cos_H, sin_H, config_.n_heads, d_head);
+      float* k_KH = w.k_TKH + t * kv_width;
+      const float* v_KH = w.v_TKH + t * kv_width;
+      kernels_.rope(w.q_TNH + t * q_width, cos_H, sin_H, config_.n_heads, d_head);
       kernels_.rope(k_KH, cos_H, sin_H, n_kv_heads, d_head);
       const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
       const int block = table[batch.positions[t] / kBlockTokens];
@@ -158,7 +170,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   w.codes.resize(weights.o, batch.n_tokens, 1);
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     for (int t = begin; t < end; ++t) {
-      const float* a_NH = w.a_TNH.get() + static_cast<std::size_t>(t) * q_width;
+      const float* a_NH = w.a_TNH + static_cast<std::size_t>(t) * q_width;
       if (config_.sub_norm) {
         kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(share, 0));
         a_NH = w.row(share, 0);
@@ -166,9 +178,9 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       w.codes.write(kernels_, quantize_, a_NH, t);
     }
   });
-  const LinearOutput o[] = {{&weights.o, w.y_TD.get()}};
+  const LinearOutput o[] = {{&weights.o, w.y_TD}};
   linear(kernels_, pool_, o, w.codes);
-  add_residual(batch.n_tokens);
+  add_residual(0, batch.n_tokens);
 }
 
 void Model::attend(const Batch& batch, KvCache& cache, int layer) {
@@ -191,13 +203,13 @@ void Model::attend(const Batch& batch, KvCache& cache, int layer) {
         v_blocks[b] = cache.values(layer, table[b], kv_head);
       }
       const std::size_t offset = (t * config_.n_heads + static_cast<std::size_t>(kv_head) * group) * config_.d_head;
-      kernels_.attend(w.q_TNH.get() + offset, group, config_.d_head, inv_sqrt_d_head_, k_blocks, v_blocks, n_keys,
-                      w.a_TNH.get() + offset);
+      kernels_.attend(w.q_TNH + offset, group, config_.d_head, inv_sqrt_d_head_, k_blocks, v_blocks, n_keys,
+                      w.a_TNH + offset);
     }
   });
 }
 
-void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
+void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
   Workspace& w = *workspace_;
   const int d_model = config_.d_model;
   const int d_ff = config_.d_ff;
@@ -206,12 +218,12 @@ void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
-      kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(t) * d_model, layer.ffn_norm, config_.norm_eps, d_model,
-                        h_D);
+      kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(first + t) * d_model, layer.ffn_norm, config_.norm_eps,
+                        d_model, h_D);
       w.codes.write(kernels_, quantize_, h_D, t);
     }
   });
-  const LinearOutput gate_up[] = {{&layer.gate, w.gate_TF.get()}, {&layer.up, w.up_TF.get()}};
+  const LinearOutput gate_up[] = {{&layer.gate, w.gate_TF}, {&layer.up, w.up_TF}};
   linear(kernels_, pool_, gate_up, w.codes);
 
   const auto activate = config_.activation == FfnActivation::kSilu ? kernels_.silu_mul : kernels_.relu2_mul;
@@ -219,7 +231,7 @@ void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       float* f_F = w.row(share, 0);
-      activate(w.gate_TF.get() + t * d_ff, w.up_TF.get() + t * d_ff, d_ff, f_F);
+      activate(w.gate_TF + t * d_ff, w.up_TF + t * d_ff, d_ff, f_F);
       if (config_.sub_norm) {
         kernels_.rms_norm(f_F, layer.ffn_sub_norm, config_.norm_eps, d_ff, w.row(share, 1));
         f_F = w.row(share, 1);
@@ -227,9 +239,9 @@ void Model::feed_forward(const LayerWeights& layer, int n_tokens) {
       w.codes.write(kernels_, quantize_, f_F, static_cast<int>(t));
     }
   });
-  const LinearOutput down[] = {{&layer.down, w.y_TD.get()}};
+  const LinearOutput down[] = {{&layer.down, w.y_TD}};
   linear(kernels_, pool_, down, w.codes);
-  add_residual(n_tokens);
+  add_residual(first, n_tokens);
 }
 
 void Model::head(const Batch& batch, float* logits) {
@@ -247,11 +259,12 @@ void Model::head(const Batch& batch, float* logits) {
   linear15(kernels_, pool_, weights_.head, w.codes, logits);
 }
 
-void Model::add_residual(int n_tokens) {
+void Model::add_residual(int first, int n_tokens) {
   Workspace& w = *workspace_;
+  float* x_TD = w.x_TD.get() + static_cast<std::size_t>(first) * config_.d_model;
   pool_.run(n_tokens, [&](int, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
-      kernels_.add(w.y_TD.get() + t * config_.d_model, config_.d_model, w.x_TD.get() + t * config_.d_model);
+      kernels_.add(w.y_TD + t * config_.d_model, config_.d_model, x_TD + t * config_.d_model);
     }
   });
 }

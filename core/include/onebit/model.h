@@ -87,9 +87,9 @@ class Model {
   void embed(const Batch& batch);
   void attention(const Batch& batch, KvCache& cache, int layer);
   void attend(const Batch& batch, KvCache& cache, int layer);
-  void feed_forward(const LayerWeights& layer, int n_tokens);
+  void feed_forward(const LayerWeights& layer, int first, int n_tokens);
   void head(const Batch& batch, float* logits);
-  void add_residual(int n_tokens);
+  void add_residual(int first, int n_tokens);
 
   ModelConfig config_;
   ModelWeights weights_;
