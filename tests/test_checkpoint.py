@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from onebit import quant
-from onebit.checkpoint import Checkpoint, code_histogram, dequantize, parts, quantize
+from onebit.checkpoint import Checkpoint, code_histogram, dequantize, parts, quantize, token_bytes
 from onebit.packing import PackedTensor, unpack
 
 VARIANTS = [
@@ -78,6 +78,14 @@ def test_histogram_counts_codes_without_padding():
     assert set(binary) == {-1, 1} and sum(binary.values()) == pytest.approx(1, abs=1e-12)
     with pytest.raises(ValueError, match="quantize it first"):
         code_histogram(master)
+
+
+def test_a_token_reads_the_head_and_a_row_of_the_embedding():
+    for tied in (True, False):
+        packed = quantize(tiny.master(tiny.config(tied_head=tied)))
+        arrays = [a for t in packed.tensors.values() for a in (t[2:] if isinstance(t, PackedTensor) else [t])]
+        unread = 0 if tied else 319 * (48 + 4)
+        assert token_bytes(packed) == sum(array.nbytes for array in arrays) - unread
 
 
 def test_parts_add_up():

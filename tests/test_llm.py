@@ -235,3 +235,10 @@ def test_public_names_exist():
         assert getattr(onebit, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         onebit.nothing  # noqa: B018
+
+
+def test_a_text_that_memory_cannot_hold_is_refused(llm, monkeypatch):
+    monkeypatch.setattr("onebit.llm.available_bytes", lambda: 40_000)
+    with pytest.raises(MemoryError, match="up to 192 tokens needs .* lower max_tokens"):
+        llm.generate([1, 2, 3], max_tokens=1000)
+    assert len(llm.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens) == 5

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebit.packing import MAX_CODE, TILE_ROWS, pack, packed_shape, pad_inputs, unpack
+from onebit.packing import MAX_CODE, TILE_ROWS, count_codes, pack, packed_shape, pad_inputs, unpack
 
 ENCODINGS = sorted(TILE_ROWS)
 AWKWARD = [(1, 1), (7, 13), (16, 16), (65, 257), (80, 64), (81, 17), (163, 500), (240, 1000), (257, 3)]
@@ -170,3 +170,12 @@ def test_t80_digits_come_out_by_multiplication():
             digits.append((3 * x - 3 * x % 256) // 256)
             x = 3 * x % 256
         assert sum(digit * 3 ** (4 - i) for i, digit in enumerate(digits)) == c
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_codes_are_counted_without_padding(encoding, shape):
+    codes = random_codes(encoding, *shape)
+    values, numbers = np.unique(codes, return_counts=True)
+    counted = count_codes(pack(codes, encoding), encoding, shape)
+    assert counted == dict(zip(values.tolist(), numbers.tolist(), strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 
 from onebit import quant
 from onebit.config import ModelConfig
-from onebit.packing import Float32, PackedTensor, pack, packed_shape, unpack
+from onebit.packing import Float32, PackedTensor, count_codes, pack, packed_shape, unpack
 
 Tensor = Float32 | PackedTensor
 
@@ -142,13 +142,12 @@ def code_histogram(checkpoint: Checkpoint) -> dict[int, float]:
     """
     if not checkpoint.is_packed:
         raise ValueError("a float32 master has no codes; quantize it first")
-    counts = np.zeros(3, np.int64)
+    counts = dict.fromkeys((-1, 1) if checkpoint.config.weights == "b1" else (-1, 0, 1), 0)
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, PackedTensor) and checkpoint.config.is_linear(name):
-            codes = unpack(tensor.data, tensor.encoding, tensor.shape)
-            counts += [np.count_nonzero(codes == code) for code in (-1, 0, 1)]
-    codes_used = (-1, 1) if checkpoint.config.weights == "b1" else (-1, 0, 1)
-    return {code: float(counts[code + 1] / counts.sum()) for code in codes_used}
+            for code, number in count_codes(tensor.data, tensor.encoding, tensor.shape).items():
+                counts[code] += number
+    return {code: number / sum(counts.values()) for code, number in counts.items()}
 
 
 def parts(checkpoint: Checkpoint) -> list[Part]:
@@ -166,6 +165,15 @@ def parts(checkpoint: Checkpoint) -> list[Part]:
         totals["tokenizer"] = 0, len(checkpoint.tokenizer)
     order = ("embedding", "linear", "norms", "head", "tokenizer")
     return [Part(name, *totals[name]) for name in order if name in totals]
+
+
+def token_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of weights that the engine reads for every token; of an embedding that is not the head too, one row."""
+    total = sum(part.n_bytes for part in parts(checkpoint) if part.n_weights)
+    if checkpoint.config.tied_head:
+        return total
+    embedding = next(part for part in parts(checkpoint) if part.name == "embedding")
+    return total - embedding.n_bytes + embedding.n_bytes // checkpoint.config.vocab_size
 
 
 def granularity(name: str, config: ModelConfig) -> quant.Granularity:

@@ -20,6 +20,7 @@ import numpy as np
 from onebit import formats
 from onebit.checkpoint import Checkpoint, quantize
 from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
+from onebit.engine.memory import available_bytes
 from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.speculation import Speculation
@@ -176,6 +177,7 @@ class LLM:
 
         Raises:
             ValueError: a prompt that is too long or holds unknown ids, or a parameter out of range.
+            MemoryError: a text whose keys and values would not fit into the memory that is available.
         """
         is_list = not isinstance(prompt, str) and any(not isinstance(i, Integral) for i in _items(prompt))
         prompts: Sequence[Any] = prompt if is_list else [prompt]
@@ -235,6 +237,12 @@ class LLM:
     def _begin(self, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Engine, list[Generation]]:
         encoded = [self._encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
+        available = available_bytes()
+        if available is not None and (most := max(needs, default=0) * self._block_bytes()) > available:
+            raise MemoryError(
+                f"a text of up to {max(needs) * BLOCK_TOKENS:,} tokens needs {most / 1e9:.1f} GB of keys and values; "
+                f"{available / 1e9:.1f} GB of memory are available: lower max_tokens or shorten the prompt"
+            )
         n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
         engine = Engine(self.model, self._tokenizer, max(n_blocks, 1), speculation=self._speculation)
         return engine, [engine.add(tokens, params) for tokens in encoded]

@@ -109,23 +109,63 @@ def unpack(data: UInt8, encoding: str, shape: tuple[int, int]) -> Int8:
     Raises:
         ValueError: an unknown encoding, a data shape that does not fit, or a byte that `pack` never writes.
     """
-    expected = packed_shape(encoding, shape)
-    if data.dtype != np.uint8 or data.shape != expected:
-        raise ValueError(
-            f"packed data is {data.dtype} {list(data.shape)}; "
-            f"{encoding} of {list(shape)} needs uint8 {list(expected)}"
-        )
+    _check_shape(data, encoding, shape)
     codes_of_byte, is_valid = _DECODE[encoding]
     if not is_valid[data].all():
-        byte = int(data[~is_valid[data]][0])
-        raise ValueError(f"packed data holds the byte {byte}, which {encoding} never writes; it is damaged")
-    (n, k), (tiles, units, _) = shape, expected
+        _check_bytes(np.bincount(data.reshape(-1), minlength=256) > 0, encoding)
+    (n, k), (tiles, units, _) = shape, data.shape
     groups = TILE_ROWS[encoding] // LANES
     codes = np.empty((tiles, groups, LANES, units, UNIT_INPUTS), np.int8)
     lanes = data.reshape(tiles, units, LANES, UNIT_INPUTS).transpose(0, 2, 1, 3)
     for group in range(groups):
         codes[:, group] = codes_of_byte[group][lanes]
     return codes.reshape(tiles * TILE_ROWS[encoding], units * UNIT_INPUTS)[:n, :k]
+
+
+def count_codes(data: UInt8, encoding: str, shape: tuple[int, int]) -> dict[int, int]:
+    """How often each code occurs in a packed matrix, padding left out; counts bytes instead of unpacking them.
+
+    Args:
+        data: uint8 [tiles, k_padded / 4, 64].
+        encoding: the layout.
+        shape: (n, k) without padding.
+
+    Returns:
+        Codes that occur, ascending, and their numbers.
+
+    Raises:
+        ValueError: see `unpack`.
+    """
+    _check_shape(data, encoding, shape)
+    # One tile after the other: counting needs eight bytes for each of data.
+    counts = np.zeros(256, np.int64)
+    for tile in data:
+        counts += np.bincount(tile.reshape(-1), minlength=256)
+    _check_bytes(counts > 0, encoding)
+    codes_of_byte = _DECODE[encoding][0]
+    weights = np.broadcast_to(counts, codes_of_byte.shape)
+    numbers = {int(code): int(weights[codes_of_byte == code].sum()) for code in np.unique(codes_of_byte)}
+    padding = -1 if encoding == "b128" else 0
+    numbers[padding] -= data.size * len(codes_of_byte) - shape[0] * shape[1]
+    return {code: number for code, number in numbers.items() if number}
+
+
+def _check_bytes(seen: npt.NDArray[np.bool_], encoding: str) -> None:
+    """Refuse byte values that `pack` never writes; seen: bool [256]."""
+    damaged = np.flatnonzero(seen & ~_DECODE[encoding][1])
+    if damaged.size:
+        raise ValueError(
+            f"packed data holds the byte {damaged[0]}, which {encoding} never writes; it is damaged"
+        )
+
+
+def _check_shape(data: UInt8, encoding: str, shape: tuple[int, int]) -> None:
+    expected = packed_shape(encoding, shape)
+    if data.dtype != np.uint8 or data.shape != expected:
+        raise ValueError(
+            f"packed data is {data.dtype} {list(data.shape)}; "
+            f"{encoding} of {list(shape)} needs uint8 {list(expected)}"
+        )
 
 
 def _check_encoding(encoding: str) -> None:

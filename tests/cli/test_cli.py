@@ -117,6 +117,15 @@ def test_too_little_memory_is_an_error_of_the_user(error, monkeypatch, capsys):
     assert capsys.readouterr().err == "onebit: error: this machine has not enough memory for that\n"
 
 
+def test_a_context_that_does_not_fit_says_what_to_do(models, monkeypatch, capsys):
+    monkeypatch.setattr("onebit.llm.available_bytes", lambda: 1)
+    monkeypatch.setattr("sys.argv", ["onebit", "run", "x", "--max-tokens", "9"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "lower max_tokens or shorten the prompt" in capsys.readouterr().err
+
+
 def test_a_bad_isa_is_an_error_of_the_user(models):
     code, out, err = cli("run", "x", "-m", "tiny.onebit", folder=models, ONEBIT_ISA="sse9")
     assert (code, out) == (2, "")

@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from onebit import formats
-from onebit.checkpoint import parts, quantize
+from onebit.checkpoint import parts, quantize, token_bytes
 from onebit.engine.model import available_isas
 
 
@@ -53,6 +53,11 @@ def test_info_shows_machine_and_model(folder):
     for part in parts(quantize(tiny.master())):
         assert shown[part.name][-1] == f"{part.n_bytes:,}"
         assert not part.n_weights or shown[part.name][1] == f"{part.bits_per_weight:.2f}"
+    size = (folder / "tiny.onebit").stat().st_size
+    assert shown["file"][0].startswith(f"{size:,} bytes")
+    assert shown["read by each token"] == [f"{token_bytes(quantize(tiny.master())):,} bytes of weights"]
+    assert shown["keys and values"] == ["bf16: 256,000 bytes for 1,000 tokens"]
+    assert shown["outlook"] == ["fits into memory with its whole context"]
     shares = [float(share.split(": ")[1].rstrip("%")) for share in shown["codes"][0].split(", ")]
     assert len(shares) == 3 and abs(sum(shares) - 100) < 0.2
 

@@ -68,7 +68,8 @@ def main() -> None:
         # torch reports a lack of memory as a RuntimeError.
         if isinstance(error, RuntimeError) and " memory" not in str(error):
             raise
-        code = _fail("this machine has not enough memory for that")
+        ours = isinstance(error, MemoryError) and "available" in str(error)
+        code = _fail(str(error) if ours else "this machine has not enough memory for that")
     except OSError as error:
         named = error.strerror and error.filename
         code = _fail(f"{error.filename}: {error.strerror}" if named else str(error))

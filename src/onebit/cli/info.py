@@ -45,6 +45,8 @@ def info(
     console.print(_machine_table())
     console.print(_model_table(path, checkpoint))
     console.print(parts_table(checkpoint))
+    if checkpoint.is_packed:
+        console.print(_memory_table(path, checkpoint))
     if checkpoint.provenance:
         console.print(_provenance_table(checkpoint))
     if verify:
@@ -101,6 +103,25 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
         shares = code_histogram(checkpoint)
         table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
     table.add_row("chat template", "yes" if checkpoint.chat_template else "no")
+    return table
+
+
+def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
+    from onebit.checkpoint import parts, token_bytes
+    from onebit.engine import memory
+
+    config = checkpoint.config
+    # A run folder is shown as the engine packs it.
+    size = sum(part.n_bytes for part in parts(checkpoint)) if path.is_dir() else path.stat().st_size
+    read, available = token_bytes(checkpoint), memory.available_bytes()
+    # Keys and values, two bytes each.
+    kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.d_head * 2
+    table = _table("memory", "")
+    table.add_row("file", f"{size:,} bytes, mapped: pages that are not used may leave memory")
+    table.add_row("read by each token", f"{read:,} bytes of weights")
+    table.add_row("keys and values", f"bf16: {1000 * kv_bytes:,} bytes for 1,000 tokens")
+    table.add_row("available now", "unknown" if available is None else f"{available:,} bytes")
+    table.add_row("outlook", memory.outlook(config, read, kv_bytes, available))
     return table
 
 

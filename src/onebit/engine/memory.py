@@ -1,0 +1,117 @@
+"""Memory: how much of it a process may still use, and what a model does with it.
+
+Weights stay in the file and are mapped, so a model that is larger than memory runs too: its bytes come from the disk
+again for every token.
+
+    available_bytes()                                   # 12_345_678_901
+    print(outlook(config, token_bytes=746_000_000, kv_bytes=76_800, available=2**30))
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+from onebit.config import ModelConfig
+
+# Python, its libraries and the buffers of a forward pass of 512 tokens, for the largest models we know.
+PROCESS_BYTES = 64_000_000
+
+# Of a solid-state disk; a guess, named as one wherever it is used.
+DISK_BYTES_PER_S = 1_000_000_000
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process may still fill before the system swaps or ends it; None where it does not tell.
+
+    Pages of files, mapped models among them, count as available: the system takes them back when it needs to.
+
+    Args:
+        root: folder that holds proc/ and sys/, of Linux.
+    """
+    if sys.platform == "win32":
+        return _windows_available()
+    found = [_meminfo_available(root), *_cgroups_available(root)]
+    limits = [limit for limit in found if limit is not None]
+    if limits:
+        return min(limits)
+    try:
+        # macOS tells only how much there is.
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def outlook(config: ModelConfig, token_bytes: int, kv_bytes: int, available: int | None) -> str:
+    """What happens when a model runs in the memory that there is, in words.
+
+    Args:
+        config: of the model.
+        token_bytes: bytes of weights that every token reads.
+        kv_bytes: bytes of keys and values of a position.
+        available: bytes of memory for the process, or None where that is not known.
+    """
+    if available is None:
+        return "the memory available here is not known"
+    left = available - PROCESS_BYTES - token_bytes
+    if left >= kv_bytes * config.max_seq_len:
+        return "fits into memory with its whole context"
+    if left >= kv_bytes:
+        return f"fits into memory with {left // kv_bytes:,} of {config.max_seq_len:,} tokens of context"
+    seconds = token_bytes / DISK_BYTES_PER_S
+    return (
+        f"larger than memory: it runs, but each token reads up to {token_bytes / 1e9:.1f} GB from the disk, "
+        f"about {seconds:.1f} s at an assumed {DISK_BYTES_PER_S / 1e9:.0f} GB/s"
+    )
+
+
+def _meminfo_available(root: Path) -> int | None:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def _cgroups_available(root: Path) -> list[int]:
+    """What the control groups around this process leave it, of version 2 and of version 1."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            top = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        # In a container the path may lead out of what is mounted; the limit is then that of the mount.
+        inside = top / path.lstrip("/")
+        for folder in [inside, *(p for p in inside.parents if p.is_relative_to(top))]:
+            left = _cgroup_left(folder, *names)
+            if left is not None:
+                found.append(left)
+    return found
+
+
+def _cgroup_left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
+    try:
+        most, used = (int((folder / name).read_text()) for name in (limit, usage))
+        stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+        # Pages of files are given up before the limit hurts.
+        files = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
+        return max(most - used + files, 0)
+    except (OSError, ValueError):
+        # No limit reads "max", which is no number.
+        return None
+
+
+def _windows_available() -> int | None:
+    # MEMORYSTATUSEX: two words of 32 bits, its own size in the first, then 64-bit counts; ullAvailPhys is the second.
+    status = (ctypes.c_ulonglong * 8)(64)
+    kernel32 = getattr(ctypes, "windll").kernel32  # noqa: B009, absent from the stubs of other systems
+    return int(status[2]) if kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None

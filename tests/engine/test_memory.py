@@ -1,0 +1,82 @@
+"""Exact: memory limits as the system states them, and what `onebit info` concludes."""
+
+import pytest
+
+import tiny
+from onebit.engine.memory import PROCESS_BYTES, available_bytes, outlook
+
+GB = 10**9
+MEMINFO = "MemTotal:       16000000 kB\nMemFree:          100000 kB\nMemAvailable:    8000000 kB\n"
+STAT = "inactive_file 1000\nactive_file 200\ntotal_inactive_file 3000\ntotal_active_file 400\n"
+
+
+def system(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def version_2(folder, most, used):
+    return {f"{folder}/memory.max": most, f"{folder}/memory.current": used, f"{folder}/memory.stat": STAT}
+
+
+def version_1(folder, most, used):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    return {f"{folder}/{name}": text for name, text in zip(names, (most, used, STAT), strict=True)}
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+CASES = {
+    "no group": ({}, 8_192_000_000),
+    "no limit": ({"proc/self/cgroup": "0::/a\n"} | version_2(f"{V2}/a", "max\n", "5\n"), 8_192_000_000),
+    "limit": ({"proc/self/cgroup": "0::/a\n"} | version_2(f"{V2}/a", "9000\n", "5000\n"), 4000 + 1200),
+    "limit above": (
+        {"proc/self/cgroup": "0::/a/b\n"}
+        | version_2(f"{V2}/a/b", "max\n", "5000\n")
+        | version_2(f"{V2}/a", "7000\n", "5000\n"),
+        2000 + 1200,
+    ),
+    "container": (
+        {"proc/self/cgroup": "0::/not/mounted\n"} | version_2(V2, "9000\n", "9500\n"),
+        700,
+    ),
+    "version 1": (
+        {"proc/self/cgroup": "5:cpu:/a\n4:memory:/a\n"} | version_1(f"{V1}/a", "9000\n", "5000\n"),
+        4000 + 3400,
+    ),
+    "larger than memory": (
+        {"proc/self/cgroup": "4:memory:/\n"} | version_1(V1, "9223372036854771712\n", "5000\n"),
+        8_192_000_000,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_narrowest_limit_counts(tmp_path, name):
+    files, expected = CASES[name]
+    assert available_bytes(system(tmp_path, {"proc/meminfo": MEMINFO} | files)) == expected
+
+
+def test_a_system_without_proc_tells_something_or_nothing(tmp_path):
+    found = available_bytes(tmp_path)
+    assert found is None or found > 2**28
+    assert available_bytes() > 2**24
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [
+        (None, "the memory available here is not known"),
+        (PROCESS_BYTES + 4 * GB + 192 * 1000, "fits into memory with its whole context"),
+        (PROCESS_BYTES + 4 * GB + 192 * 1000 - 1, "fits into memory with 191 of 192 tokens of context"),
+        (
+            PROCESS_BYTES + 4 * GB,
+            "larger than memory: it runs, but each token reads up to 4.0 GB from the disk, "
+            "about 4.0 s at an assumed 1 GB/s",
+        ),
+    ],
+)
+def test_the_outlook_follows_from_the_sizes(available, expected):
+    assert outlook(tiny.CONFIG, 4 * GB, 1000, available) == expected
