@@ -4,6 +4,14 @@
 // kCandidates.
 #include <cstring>
 
+#if defined(ONEBIT_X86_64_KERNELS)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "tables.h"
 
 namespace onebit {
@@ -29,13 +37,30 @@ bool has_avx512vnni() noexcept {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+bool has_avxvnni() noexcept {
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+// Tile registers are 8 KB of state per thread: Linux gives them to processes that ask, once for all threads.
+bool has_amx() noexcept {
+#if defined(__linux__)
+  constexpr int kRequestState = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;
+  unsigned a, b, c, d;
+  return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+         (d >> 24 & 1) && (d >> 25 & 1) && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best first.
 constexpr Candidate kCandidates[] = {
 #if defined(ONEBIT_X86_64_KERNELS)
-    {&kAvx512Vnni, has_avx512vnni},
-    {&kAvx2, has_avx2},
+    {&kAmx, has_amx},   {&kAvx512Vnni, has_avx512vnni}, {&kAvxVnni, has_avxvnni}, {&kAvx2, has_avx2},
 #endif
     {&kScalar, always},
 };

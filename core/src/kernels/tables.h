@@ -7,7 +7,9 @@
 namespace onebit {
 
 extern const Kernels kScalar;
+extern const Kernels kAmx;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAvxVnni;
 
 }  // namespace onebit
