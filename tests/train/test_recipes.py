@@ -49,6 +49,7 @@ def test_overrides_that_must_fit_together_come_in_any_order():
         ("stories", ["optim.lrr=3"], "did you mean 'lr'"),
         ("stories", ["steps"], "expected a.b=c"),
         ("stories", ["steps=many"], "'many' does not fit; expected a whole number"),
+        ("stories", ["model.rope_scaling=yarn"], "'yarn' does not fit; expected none"),
         ("stories", ["steps=0"], "steps is 0; expected a whole number from 1 to"),
         ("stories", ["batch_size=-4"], "batch_size is -4"),
         ("stories", ["seed=-1"], "seed is -1"),

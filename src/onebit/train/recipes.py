@@ -270,7 +270,7 @@ def _parse(text: str, kind: Any, whole: str) -> Any:
                 return number(text)
             except ValueError:
                 break
-    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", type(None): "none"}
     expected = [*map(str, literals), *(names[o] for o in (kind, *options) if o in names)]
     raise ValueError(f"--set {whole}: {text!r} does not fit; expected {' or '.join(expected)}")
 
