@@ -6,9 +6,11 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -68,18 +70,18 @@ void dot_tile(const std::string& isa, const std::string& encoding, Array<const s
                                                      sums.data(), m, static_cast<int>(k), out.data());
 }
 
-void scale_sums(const std::string& isa, Array<const std::int32_t, 1> acc, Array<const float, 1> w_scale, int stride,
-                bool accumulate, Array<float, 1> y) {
-  const int n = length(acc.size());
+void scale_sums(const std::string& isa, Array<const std::int32_t, 2> acc, Array<const float, 1> w_scale, int stride,
+                std::optional<Array<const float, 1>> x_scale, bool accumulate, Array<float, 2> y) {
+  const int m = length(acc.shape(0));
+  const int n = length(y.shape(1));
   require(stride >= 0, "stride: expected 0 or more");
-  require_length("y", y.size(), acc.size());
+  require_length("y", y.shape(0), acc.shape(0));
+  require(acc.shape(1) >= y.shape(1), "acc rows are shorter than those of y");
+  require(!x_scale || x_scale->size() == acc.shape(0), "x_scale: expected one value for each row of acc");
   require(w_scale.size() > static_cast<std::size_t>(n - 1) * static_cast<std::size_t>(stride),
           "w_scale is too short for the stride");
-  kernels_of(isa).scale_sums(acc.data(), w_scale.data(), stride, n, accumulate, y.data());
-}
-
-void scale(const std::string& isa, float factor, Array<float, 1> y) {
-  kernels_of(isa).scale(factor, length(y.size()), y.data());
+  kernels_of(isa).scale_sums(acc.data(), static_cast<std::ptrdiff_t>(acc.shape(1)), w_scale.data(), stride,
+                             x_scale ? x_scale->data() : nullptr, m, n, accumulate, y.data(), n);
 }
 
 void scale_sums15(const std::string& isa, Array<const std::int32_t, 1> hi, Array<const std::int32_t, 1> lo,
@@ -174,8 +176,8 @@ void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   m.doc() = "The kernels of each instruction set, one function per entry; outputs are written in place.";
   m.def("dot_tile", &dot_tile, "isa"_a, "encoding"_a, "tile"_a, "x"_a, "sums"_a, "out"_a);
-  m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "w_scale"_a, "stride"_a, "accumulate"_a, "y"_a);
-  m.def("scale", &scale, "isa"_a, "factor"_a, "y"_a);
+  m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "w_scale"_a, "stride"_a, "x_scale"_a.none(), "accumulate"_a,
+        "y"_a);
   m.def("scale_sums15", &scale_sums15, "isa"_a, "hi"_a, "lo"_a, "w_scale"_a, "x_scale"_a, "y"_a);
   m.def("quantize_a8", &quantize<&Kernels::quantize_a8>, "isa"_a, "x"_a, "codes"_a);
   m.def("quantize_a4", &quantize<&Kernels::quantize_a4>, "isa"_a, "x"_a, "codes"_a);

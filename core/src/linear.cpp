@@ -9,22 +9,25 @@ namespace {
 constexpr int kUnitInputs = 4;
 constexpr int kUnitBytes = 64;
 
-// Rows of activations per pass over a tile: the tile comes from memory once per pass, the sums stay in the cache.
-// A multiple of the 4 and 6 rows that kernels take at a time.
-constexpr int kPassRows = 48;
+// Rows of activations per pass over a tile: the tile comes from memory and is unpacked once per pass, while the rows
+// stay in a cache of about this size. A multiple of the rows that kernels take at a time: 32, 6, 4, 3.
+constexpr int kPassBytes = 1 << 20;
+constexpr int kRowStep = 96;
+constexpr int kMaxPassRows = 4 * kRowStep;
 
-struct alignas(64) Sums {
-  std::int32_t values[kPassRows * kMaxTileRows];
-};
+int pass_rows(const QuantizedRows& x) {
+  const int step = kPassBytes / x.ld / kRowStep * kRowStep;
+  return std::min(x.n_rows, std::clamp(step, kRowStep, kMaxPassRows));
+}
 
 int n_tiles(const PackedMatrix& matrix) {
   const int rows = tile_rows(matrix.encoding);
   return (matrix.n + rows - 1) / rows;
 }
 
-// Exact sums [m, tile_rows] of one tile over one scale group, for rows [row, row + m).
+// Exact sums [m, tile_rows] of one tile over one scale group, for rows [row, row + m). part: room for as many.
 void dot_group(const Kernels& kernels, const PackedMatrix& matrix, int tile, int group, const QuantizedRows& x,
-               int plane, int row, int m, Sums& sums) {
+               int plane, int row, int m, std::int32_t* sums, std::int32_t* part) {
   const std::size_t ld = x.ld;
   const std::uint8_t* units = matrix.data + tile * (ld / kUnitInputs) * kUnitBytes;
   const std::int8_t* codes = x.planes[plane].codes.get() + row * ld;
@@ -33,50 +36,47 @@ void dot_group(const Kernels& kernels, const PackedMatrix& matrix, int tile, int
     const int chunk = group * x.chunks.per_group + i;
     const std::size_t begin = x.chunks.begin(chunk);
     const std::int32_t* code_sums = x.planes[plane].sums.get() + static_cast<std::size_t>(chunk) * x.n_rows + row;
-    Sums part;
     dot_tile(units + begin / kUnitInputs * kUnitBytes, codes + begin, x.ld, code_sums, m, x.chunks.length(chunk),
-             i == 0 ? sums.values : part.values);
+             i == 0 ? sums : part);
     if (i > 0) {
       const int n = m * tile_rows(matrix.encoding);
-      for (int j = 0; j < n; ++j) sums.values[j] += part.values[j];
+      for (int j = 0; j < n; ++j) sums[j] += part[j];
     }
   }
 }
 
-void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x) {
+void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x,
+                 std::int32_t* sums, std::int32_t* part) {
   const PackedMatrix& matrix = *output.matrix;
   const int rows = tile_rows(matrix.encoding);
   const int first = tile * rows;
   const int n = std::min(rows, matrix.n - first);
   const std::ptrdiff_t stride = matrix.scale_per_row ? x.chunks.n_groups : 0;
   const float* w_scale = matrix.scale + first * stride;
-  Sums sums;
-  for (int row = 0; row < x.n_rows; row += kPassRows) {
-    const int m = std::min(kPassRows, x.n_rows - row);
+  const int step = pass_rows(x);
+  for (int row = 0; row < x.n_rows; row += step) {
+    const int m = std::min(step, x.n_rows - row);
     float* y = output.y + static_cast<std::size_t>(row) * matrix.n + first;
     for (int group = 0; group < x.chunks.n_groups; ++group) {
-      dot_group(kernels, matrix, tile, group, x, 0, row, m, sums);
-      for (int i = 0; i < m; ++i) {
-        kernels.scale_sums(sums.values + i * rows, w_scale + group, stride, n, group > 0,
-                           y + static_cast<std::size_t>(i) * matrix.n);
-      }
+      dot_group(kernels, matrix, tile, group, x, 0, row, m, sums, part);
+      const float* x_scale = group + 1 == x.chunks.n_groups ? x.scale.get() + row : nullptr;
+      kernels.scale_sums(sums, rows, w_scale + group, stride, x_scale, m, n, group > 0, y, matrix.n);
     }
-    for (int i = 0; i < m; ++i) kernels.scale(x.scale.get()[row + i], n, y + static_cast<std::size_t>(i) * matrix.n);
   }
 }
 
 void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x,
-                   float* logits) {
+                   std::int32_t* hi, std::int32_t* lo, std::int32_t* part, float* logits) {
   const int rows = tile_rows(matrix.encoding);
   const int first = tile * rows;
   const int n = std::min(rows, matrix.n - first);
-  Sums hi, lo;
-  for (int row = 0; row < x.n_rows; row += kPassRows) {
-    const int m = std::min(kPassRows, x.n_rows - row);
-    dot_group(kernels, matrix, tile, 0, x, 0, row, m, hi);
-    dot_group(kernels, matrix, tile, 0, x, 1, row, m, lo);
+  const int step = pass_rows(x);
+  for (int row = 0; row < x.n_rows; row += step) {
+    const int m = std::min(step, x.n_rows - row);
+    dot_group(kernels, matrix, tile, 0, x, 0, row, m, hi, part);
+    dot_group(kernels, matrix, tile, 0, x, 1, row, m, lo, part);
     for (int i = 0; i < m; ++i) {
-      kernels.scale_sums15(hi.values + i * rows, lo.values + i * rows, matrix.scale + first, x.scale.get()[row + i], n,
+      kernels.scale_sums15(hi + i * rows, lo + i * rows, matrix.scale + first, x.scale.get()[row + i], n,
                            logits + static_cast<std::size_t>(row + i) * matrix.n + first);
     }
   }
@@ -123,24 +123,32 @@ void QuantizedRows::write_sums(const Kernels& kernels, Plane& plane, int row) {
   }
 }
 
-void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, const QuantizedRows& x) {
+std::int32_t* QuantizedRows::tile_sums(int share, int i) const {
+  return acc.get() + (static_cast<std::size_t>(share) * kSumTiles + i) * pass_rows(*this) * kMaxTileRows;
+}
+
+void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, QuantizedRows& x) {
+  x.acc.reserve(static_cast<std::size_t>(pool.size()) * QuantizedRows::kSumTiles * pass_rows(x) * kMaxTileRows);
   int total = 0;
   for (const LinearOutput& output : outputs) total += n_tiles(*output.matrix);
-  pool.run(total, [&](int, int begin, int end) {
+  pool.run(total, [&](int share, int begin, int end) {
     int first = 0;
     for (const LinearOutput& output : outputs) {
       const int n = n_tiles(*output.matrix);
       for (int item = std::max(begin, first); item < std::min(end, first + n); ++item) {
-        linear_tile(kernels, output, item - first, x);
+        linear_tile(kernels, output, item - first, x, x.tile_sums(share, 0), x.tile_sums(share, 1));
       }
       first += n;
     }
   });
 }
 
-void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, const QuantizedRows& x, float* y) {
-  pool.run(n_tiles(matrix), [&](int, int begin, int end) {
-    for (int tile = begin; tile < end; ++tile) linear15_tile(kernels, matrix, tile, x, y);
+void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, QuantizedRows& x, float* y) {
+  x.acc.reserve(static_cast<std::size_t>(pool.size()) * QuantizedRows::kSumTiles * pass_rows(x) * kMaxTileRows);
+  pool.run(n_tiles(matrix), [&](int share, int begin, int end) {
+    for (int tile = begin; tile < end; ++tile) {
+      linear15_tile(kernels, matrix, tile, x, x.tile_sums(share, 0), x.tile_sums(share, 1), x.tile_sums(share, 2), y);
+    }
   });
 }
 

@@ -101,7 +101,7 @@ def test_scalar_is_the_last_resort():
 
 def test_unknown_isa_is_refused():
     with pytest.raises(ValueError, match="isa 'mmx'"):
-        kernels.scale("mmx", 1.0, np.zeros(4, np.float32))
+        kernels.sum_codes("mmx", np.zeros(16, np.int8))
 
 
 # ---- Exact sums ----
@@ -187,23 +187,20 @@ def test_sum_codes(isa, n, rng):
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("stride", [0, 1, 3])
-def test_scale_sums(isa, n, stride, rng):
-    acc = rng.integers(-(2**24), 2**24, n).astype(np.int32)
+@pytest.mark.parametrize("m", [1, 3])
+def test_scale_sums(isa, n, stride, m, rng):
+    acc = rng.integers(-(2**24), 2**24, (m, n + n % 5)).astype(np.int32)
     w_scale = np.exp(floats(rng, (n - 1) * stride + 1))
-    y = empty(n, np.float32)
-    kernels.scale_sums(isa, fenced(acc), fenced(w_scale), stride, False, y)
-    expected = reference.scale_sums(acc, w_scale[np.arange(n) * stride])
-    assert_same_bits(y, expected)
-    kernels.scale_sums(isa, fenced(acc[::-1]), fenced(w_scale), stride, True, y)
-    assert_same_bits(y, expected + reference.scale_sums(acc[::-1], w_scale[np.arange(n) * stride]))
-
-
-@pytest.mark.parametrize("n", SIZES)
-def test_scale(isa, n, rng):
-    y = with_specials(rng, n)
-    scaled = fenced(y)
-    kernels.scale(isa, 0.3, scaled)
-    assert_same_bits(scaled, y * np.float32(0.3))
+    x_scale = floats(rng, m)
+    y = empty((m, n), np.float32)
+    kernels.scale_sums(isa, fenced(acc), fenced(w_scale), stride, None, False, y)
+    first = reference.scale_sums(acc[:, :n], w_scale[np.arange(n) * stride])
+    assert_same_bits(y, first)
+    kernels.scale_sums(isa, fenced(-acc[::-1]), fenced(w_scale), stride, fenced(x_scale), True, y)
+    second = reference.scale_sums(-acc[::-1, :n], w_scale[np.arange(n) * stride])
+    assert_same_bits(y, (first + second) * x_scale[:, None])
+    kernels.scale_sums(isa, fenced(acc), fenced(w_scale), stride, fenced(x_scale), False, y)
+    assert_same_bits(y, first * x_scale[:, None])
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -467,8 +464,10 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.dot_tile(isa, "t80", tile, x[:, :12], i[:1], np.zeros((1, 80), np.int32)),
         lambda: kernels.dot_tile(isa, "t80", tile, x, i[:2], np.zeros((1, 80), np.int32)),
         lambda: kernels.dot_tile(isa, "t80", tile, x, i[:1], np.zeros((1, 64), np.int32)),
-        lambda: kernels.scale_sums(isa, i, f[:15], 1, False, f),
-        lambda: kernels.scale_sums(isa, i, f, -1, False, f),
+        lambda: kernels.scale_sums(isa, i[None], f[:15], 1, None, False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None], f, -1, None, False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None], f, 1, f[:2], False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None, :15], f, 1, None, False, f[None]),
         lambda: kernels.scale_sums15(isa, i, i[:3], f, 1.0, f),
         lambda: kernels.quantize_a8(isa, f, np.zeros(15, np.int8)),
         lambda: kernels.sum_codes(isa, np.zeros(15, np.int8)),
@@ -480,7 +479,7 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.attend(isa, f[None], 1.0, [block], [block], 65, np.zeros((1, 16), np.float32)),
         lambda: kernels.attend(isa, f[None], 1.0, [block], [], 1, np.zeros((1, 16), np.float32)),
         lambda: kernels.attend(isa, f[None], 1.0, [block[:5]], [block], 1, np.zeros((1, 16), np.float32)),
-        lambda: kernels.scale(isa, 1.0, f[:0]),
+        lambda: kernels.sum_codes(isa, np.zeros(0, np.int8)),
     ]
     for call in calls:
         with pytest.raises(ValueError):

@@ -21,12 +21,11 @@ struct Kernels {
                            int m, int k, std::int32_t* out) noexcept;
   DotTile dot_tile[kEncodings];
 
-  // y[j] = float(acc[j]) * w_scale[j * stride], or += where accumulate (groups in ascending order). stride: 0 or 1, or
-  // the number of groups of a row.
-  void (*scale_sums)(const std::int32_t* acc, const float* w_scale, std::ptrdiff_t stride, int n, bool accumulate,
-                     float* y) noexcept;
-  // y[j] *= factor
-  void (*scale)(float factor, int n, float* y) noexcept;
+  // Sums of a tile, m rows of them: value = float(acc[i * ld_acc + j]) * w_scale[j * stride], for j < n.
+  //   y[i * ldy + j] = value * x_scale[i], or with accumulate (groups in ascending order) (y[i * ldy + j] + value) * x_scale[i]
+  // x_scale: null before the last group, which does not multiply then. stride: 0 or 1, or the number of groups of a row.
+  void (*scale_sums)(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
+                     const float* x_scale, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept;
   // y[j] = (float(hi[j] * 128 + lo[j]) * w_scale[j]) * x_scale, the sum rounded once to float32.
   void (*scale_sums15)(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
                        float* y) noexcept;

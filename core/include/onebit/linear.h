@@ -40,6 +40,11 @@ struct QuantizedRows {
   Plane planes[2];
   Buffer<float> scale;  // [T]
 
+  // Room for the exact sums of tiles, per share of a region.
+  static constexpr int kSumTiles = 3;
+  Buffer<std::int32_t> acc;
+  std::int32_t* tile_sums(int share, int i) const;
+
   // Makes room for n_rows inputs of the matrix, whose other matrices must have the same K and scale groups.
   void resize(const PackedMatrix& matrix, int n_rows, int n_planes);
   void write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row);
@@ -55,9 +60,9 @@ struct LinearOutput {
 };
 
 // y[t, n] = (sum over groups g, ascending, of float(acc_g) * w_scale[n, g]) * x_scale[t], for every output.
-void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, const QuantizedRows& x);
+void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, QuantizedRows& x);
 
 // y[t, n] = (float(hi * 128 + lo) * w_scale[n]) * x_scale[t]. The matrix has one scale per row.
-void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, const QuantizedRows& x, float* y);
+void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, QuantizedRows& x, float* y);
 
 }  // namespace onebit

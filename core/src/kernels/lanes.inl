@@ -178,20 +178,31 @@ ONEBIT_INLINE float lane_sum(const float* x, int n, Term term) {
 
 // ---- Elementwise ----
 
-void scale_sums(const std::int32_t* acc, const float* w_scale, std::ptrdiff_t stride, int n, bool accumulate,
-                float* y) noexcept {
+// stride is a constant where this is called; so is the absence of x_scale a factor of 1, which changes no bit.
+ONEBIT_INLINE void scale_row(const std::int32_t* acc, const float* w_scale, std::ptrdiff_t stride, float x_scale, int n,
+                             bool accumulate, float* y) {
   if (accumulate) {
-    for (int j = 0; j < n; ++j) y[j] = y[j] + static_cast<float>(acc[j]) * w_scale[j * stride];
-  } else if (stride == 0) {
-    const float shared = *w_scale;
-    for (int j = 0; j < n; ++j) y[j] = static_cast<float>(acc[j]) * shared;
+    for (int j = 0; j < n; ++j) y[j] = (y[j] + static_cast<float>(acc[j]) * w_scale[j * stride]) * x_scale;
   } else {
-    for (int j = 0; j < n; ++j) y[j] = static_cast<float>(acc[j]) * w_scale[j * stride];
+    for (int j = 0; j < n; ++j) y[j] = (static_cast<float>(acc[j]) * w_scale[j * stride]) * x_scale;
   }
 }
 
-void scale(float factor, int n, float* y) noexcept {
-  for (int j = 0; j < n; ++j) y[j] = y[j] * factor;
+void scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
+                const float* x_scale, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept {
+  for (int i = 0; i < m; ++i, acc += ld_acc, y += ldy) {
+    const float factor = x_scale ? x_scale[i] : 1.0f;
+    switch (stride) {
+      case 0:
+        scale_row(acc, w_scale, 0, factor, n, accumulate, y);
+        break;
+      case 1:
+        scale_row(acc, w_scale, 1, factor, n, accumulate, y);
+        break;
+      default:
+        scale_row(acc, w_scale, stride, factor, n, accumulate, y);
+    }
+  }
 }
 
 void scale_sums15(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
@@ -528,8 +539,7 @@ void attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint1
 }
 
 // What this file gives to a table of Kernels, in the order of its members.
-#define ONEBIT_LANE_KERNELS                                                                                         \
-  .scale_sums = scale_sums, .scale = scale, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8,               \
-  .quantize_a4 = quantize_a4, .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes,     \
-  .rms_norm = rms_norm, .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .to_bf16 = to_bf16, \
-  .attend = attend
+#define ONEBIT_LANE_KERNELS                                                                                       \
+  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4, \
+  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,         \
+  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .to_bf16 = to_bf16, .attend = attend

@@ -78,16 +78,15 @@ void dot_tile(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx
   }
 }
 
-void scale_sums(const std::int32_t* acc, const float* w_scale, std::ptrdiff_t stride, int n, bool accumulate,
-                float* y) noexcept {
-  for (int j = 0; j < n; ++j) {
-    const float value = static_cast<float>(acc[j]) * w_scale[j * stride];
-    y[j] = accumulate ? y[j] + value : value;
+void scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
+                const float* x_scale, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept {
+  for (int i = 0; i < m; ++i, acc += ld_acc, y += ldy) {
+    for (int j = 0; j < n; ++j) {
+      const float value = static_cast<float>(acc[j]) * w_scale[j * stride];
+      y[j] = accumulate ? y[j] + value : value;
+      if (x_scale) y[j] *= x_scale[i];
+    }
   }
-}
-
-void scale(float factor, int n, float* y) noexcept {
-  for (int j = 0; j < n; ++j) y[j] *= factor;
 }
 
 void scale_sums15(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
@@ -285,7 +284,6 @@ const Kernels kScalar = {
     .dot_tile = {dot_tile<Encoding::kT80>, dot_tile<Encoding::kR64>, dot_tile<Encoding::kB128>, dot_tile<Encoding::kQ8>,
                  dot_tile<Encoding::kQ4>},
     .scale_sums = scale_sums,
-    .scale = scale,
     .scale_sums15 = scale_sums15,
     .quantize_a8 = quantize_a8,
     .quantize_a4 = quantize_a4,
