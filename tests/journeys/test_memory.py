@@ -33,7 +33,7 @@ def report(**values):
     print(json.dumps({name: int(value) for name, value in values.items()}), flush=True)
 
 path = sys.argv[1]
-llm = onebit.load(path)
+llm = onebit.load(path, threads=2)
 """
 
 PREFILL = """
