@@ -242,3 +242,7 @@ def test_a_text_that_memory_cannot_hold_is_refused(llm, monkeypatch):
     with pytest.raises(MemoryError, match="up to 192 tokens needs .* lower max_tokens"):
         llm.generate([1, 2, 3], max_tokens=1000)
     assert len(llm.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens) == 5
+
+
+def test_the_cache_is_as_large_as_it_is_said_to_be(llm):
+    assert llm.model.new_cache(3).bytes == 3 * llm._block_bytes()

@@ -20,7 +20,7 @@ import numpy as np
 from onebit import formats
 from onebit.checkpoint import Checkpoint, quantize
 from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
-from onebit.engine.memory import available_bytes
+from onebit.engine.memory import available_bytes, position_bytes
 from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.speculation import Speculation
@@ -258,9 +258,7 @@ class LLM:
         return tokens or ([] if self._start is None else [self._start])
 
     def _block_bytes(self) -> int:
-        config = self.config
-        # Keys and values, two bytes each.
-        return BLOCK_TOKENS * 2 * config.n_layers * config.n_kv_heads * config.d_head * 2
+        return BLOCK_TOKENS * position_bytes(self.config)
 
 
 def load(

@@ -56,7 +56,7 @@ def test_info_shows_machine_and_model(folder):
     size = (folder / "tiny.onebit").stat().st_size
     assert shown["file"][0].startswith(f"{size:,} bytes")
     assert shown["read by each token"] == [f"{token_bytes(quantize(tiny.master())):,} bytes of weights"]
-    assert shown["keys and values"] == ["bf16: 256,000 bytes for 1,000 tokens"]
+    assert shown["keys, values as bf16"] == ["256,000 bytes for 1,000 tokens"]
     assert shown["outlook"] == ["fits into memory with its whole context"]
     shares = [float(share.split(": ")[1].rstrip("%")) for share in shown["codes"][0].split(", ")]
     assert len(shares) == 3 and abs(sum(shares) - 100) < 0.2

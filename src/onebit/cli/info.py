@@ -114,14 +114,14 @@ def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     # A run folder is shown as the engine packs it.
     size = sum(part.n_bytes for part in parts(checkpoint)) if path.is_dir() else path.stat().st_size
     read, available = token_bytes(checkpoint), memory.available_bytes()
-    # Keys and values, two bytes each.
-    kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.d_head * 2
     table = _table("memory", "")
     table.add_row("file", f"{size:,} bytes, mapped: pages that are not used may leave memory")
     table.add_row("read by each token", f"{read:,} bytes of weights")
-    table.add_row("keys and values", f"bf16: {1000 * kv_bytes:,} bytes for 1,000 tokens")
+    for kv_cache in memory.KV_VALUE_BYTES:
+        size = 1000 * memory.position_bytes(config, kv_cache)
+        table.add_row(f"keys, values as {kv_cache}", f"{size:,} bytes for 1,000 tokens")
     table.add_row("available now", "unknown" if available is None else f"{available:,} bytes")
-    table.add_row("outlook", memory.outlook(config, read, kv_bytes, available))
+    table.add_row("outlook", memory.outlook(config, read, memory.position_bytes(config), available))
     return table
 
 

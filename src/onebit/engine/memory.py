@@ -4,7 +4,7 @@ Weights stay in the file and are mapped, so a model that is larger than memory r
 again for every token.
 
     available_bytes()                                   # 12_345_678_901
-    print(outlook(config, token_bytes=746_000_000, kv_bytes=76_800, available=2**30))
+    print(outlook(config, token_bytes(checkpoint), position_bytes(config), available_bytes()))
 """
 
 import ctypes
@@ -19,6 +19,14 @@ PROCESS_BYTES = 64_000_000
 
 # Of a solid-state disk; a guess, named as one wherever it is used.
 DISK_BYTES_PER_S = 1_000_000_000
+
+# Bytes of one key or value in each number format of the cache.
+KV_VALUE_BYTES = {"bf16": 2}
+
+
+def position_bytes(config: ModelConfig, kv_cache: str = "bf16") -> int:
+    """Bytes that one position of a text takes in the cache: a key and a value in every layer and key-value head."""
+    return 2 * config.n_layers * config.n_kv_heads * config.d_head * KV_VALUE_BYTES[kv_cache]
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
