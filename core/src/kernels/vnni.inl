@@ -29,10 +29,8 @@ using Bytes = std::uint8_t __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kUnitBytes = 64;
 constexpr int kHalves = kUnitBytes / kVectorBytes;
-// Far enough ahead of one token's stream to hide the latency of memory.
+// Far enough ahead of one token's stream to hide the latency of memory; into L2, which holds it.
 constexpr int kPrefetchBytes = 8192;
-// Sums that must grow independently of each other to hide the latency of vpdpbusd.
-constexpr int kChains = 8;
 
 // GCC copies the accumulator around the intrinsic; the instruction itself costs nothing extra.
 ONEBIT_INLINE BitsVector dot4(BitsVector sum, BitsVector w, BitsVector x) {
@@ -152,46 +150,39 @@ struct Q4 {
   }
 };
 
-// One tile for exactly kM tokens. k is a multiple of 16, so 4 units divide it. Without sums, adds to out.
+// One tile for exactly kM tokens. Without sums, adds to out. One unit after the other: two at a time, the loads and
+// prefetches of one token halve what memory delivers on Granite Rapids.
 template <typename Layout, int kM>
 void dot_tokens(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums, int k,
                 std::int32_t* out) noexcept {
   // One token is read as one stream, so both halves go together where registers allow.
   constexpr int kTogether = kM == 1 && kHalves * Layout::kPlanes <= kAccumulators ? kHalves : 1;
-  constexpr int kSums = kM * kTogether * Layout::kPlanes;
-  constexpr int kUnroll = kM > 1 || kSums >= kChains ? 1 : 2 * kSums >= kChains ? 2 : 4;
   for (int half = 0; half < kHalves; half += kTogether) {
-    BitsVector sum[kUnroll][kM][kTogether][Layout::kPlanes];
+    BitsVector sum[kM][kTogether][Layout::kPlanes];
     ONEBIT_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int i = 0; i < kM; ++i) {
       ONEBIT_UNROLL
-      for (int i = 0; i < kM; ++i) {
+      for (int h = 0; h < kTogether; ++h) {
         ONEBIT_UNROLL
-        for (int h = 0; h < kTogether; ++h) {
-          ONEBIT_UNROLL
-          for (int p = 0; p < Layout::kPlanes; ++p) sum[u][i][h][p] = BitsVector{};
-        }
+        for (int p = 0; p < Layout::kPlanes; ++p) sum[i][h][p] = BitsVector{};
       }
     }
 
     const std::uint8_t* unit = tile + half * kVectorBytes;
-    for (int kk = 0; kk < k; kk += 4 * kUnroll) {
+    for (int kk = 0; kk < k; kk += 4, unit += Layout::kStride) {
+      if constexpr (kM == 1) __builtin_prefetch(unit + kPrefetchBytes, 0, 2);
       ONEBIT_UNROLL
-      for (int u = 0; u < kUnroll; ++u, unit += Layout::kStride) {
-        if constexpr (kM == 1) __builtin_prefetch(unit + kPrefetchBytes);
+      for (int h = 0; h < kTogether; ++h) {
+        Bytes plane[Layout::kPlanes];
+        Layout::split(unit + h * kVectorBytes, plane);
         ONEBIT_UNROLL
-        for (int h = 0; h < kTogether; ++h) {
-          Bytes plane[Layout::kPlanes];
-          Layout::split(unit + h * kVectorBytes, plane);
+        for (int i = 0; i < kM; ++i) {
+          std::uint32_t four;
+          __builtin_memcpy(&four, x + i * ldx + kk, sizeof four);
+          const BitsVector activations = four - BitsVector{};
           ONEBIT_UNROLL
-          for (int i = 0; i < kM; ++i) {
-            std::uint32_t four;
-            __builtin_memcpy(&four, x + i * ldx + kk + 4 * u, sizeof four);
-            const BitsVector activations = four - BitsVector{};
-            ONEBIT_UNROLL
-            for (int p = 0; p < Layout::kPlanes; ++p) {
-              sum[u][i][h][p] = dot4(sum[u][i][h][p], (BitsVector)plane[p], activations);
-            }
+          for (int p = 0; p < Layout::kPlanes; ++p) {
+            sum[i][h][p] = dot4(sum[i][h][p], (BitsVector)plane[p], activations);
           }
         }
       }
@@ -203,14 +194,9 @@ void dot_tokens(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t l
       ONEBIT_UNROLL
       for (int h = 0; h < kTogether; ++h) {
         ONEBIT_UNROLL
-        for (int u = 1; u < kUnroll; ++u) {
-          ONEBIT_UNROLL
-          for (int p = 0; p < Layout::kPlanes; ++p) sum[0][i][h][p] += sum[u][i][h][p];
-        }
-        ONEBIT_UNROLL
         for (int j = 0; j < Layout::kGroups; ++j) {
           std::int32_t* y = out + (i * Layout::kGroups + j) * kLaneCount + (half + h) * kPartLanes;
-          BitsVector row = Layout::row(sum[0][i][h], j, s - BitsVector{});
+          BitsVector row = Layout::row(sum[i][h], j, s - BitsVector{});
           if (!sums) {
             BitsVector before;
             __builtin_memcpy(&before, y, sizeof before);
