@@ -170,3 +170,44 @@ def test_matrices_are_packed_together_or_not_at_all():
     with pytest.raises(ValueError, match="pack all matrices or none"):
         replace(master, tensors=master.tensors | {NAME: packed.tensors[NAME]})
     assert isinstance(packed.tensors[NAME], PackedTensor)
+
+
+def test_a_bf16_head_is_checked():
+    packed = quantize(tiny.master(), head="bf16")
+    bounds = packed.tensors["shortlist.bounds"]
+    for value, message in ((-1.0, "negative norm"), (np.nan, "negative norm"), (np.inf, "NaN or infinity")):
+        damaged = bounds.copy()
+        damaged[1, 5] = value
+        with pytest.raises(ValueError, match=f"tensor shortlist.bounds holds .*{message}"):
+            replace(packed, tensors=packed.tensors | {"shortlist.bounds": damaged})
+    with pytest.raises(ValueError, match=r"the scale of bf16 is 2.0; expected 1"):
+        changed(packed, "embed.weight", scale=np.full(1, 2, np.float32))
+    with pytest.raises(ValueError, match="layers.0.q.weight has encoding 'bf16'"):
+        changed(packed, NAME, encoding="bf16")
+
+
+def test_a_bf16_head_comes_from_a_master_only():
+    master = tiny.master()
+    with pytest.raises(ValueError, match=r"head is 'bf15'; expected q8 or bf16"):
+        quantize(master, head="bf15")
+    for head, other in (("q8", "bf16"), ("bf16", "q8")):
+        packed = quantize(master, head=head)
+        assert quantize(packed, head=head) is packed
+        with pytest.raises(ValueError, match=f"is {head}; its float32 rows are gone.*head {other}"):
+            quantize(packed, head=other)
+    huge = master.tensors["embed.weight"].copy()
+    huge[3, 3] = np.finfo(np.float32).max
+    with pytest.raises(ValueError, match=r"embed.weight holds a number that is too large for bfloat16"):
+        quantize(replace(master, tensors=master.tensors | {"embed.weight": huge}), head="bf16")
+
+
+def test_parts_of_a_bf16_head():
+    packed = quantize(tiny.master(), head="bf16")
+    sizes = {part.name: part for part in parts(packed)}
+    assert list(sizes) == ["embedding", "linear", "norms", "shortlist", "tokenizer"]
+    assert sizes["embedding"].n_bytes == 320 * 48 * 2 + 4 and sizes["embedding"].n_weights == 320 * 48
+    assert sizes["shortlist"] == ("shortlist", 0, 320 * 48 + 320 * 4 + 2 * 320 * 4)
+    dense = dequantize(packed)
+    assert not dense.is_packed and dense.head is None and dense.label == "W1.58A8KV16"
+    w = tiny.master().tensors["embed.weight"]
+    assert (abs(dense.tensors["embed.weight"] - w) <= abs(w) * np.float32(2**-8)).all()

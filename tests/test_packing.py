@@ -5,9 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebit.packing import MAX_CODE, TILE_ROWS, count_codes, pack, packed_shape, pad_inputs, unpack
+from onebit.packing import (
+    MAX_CODE,
+    TILE_ROWS,
+    PackedTensor,
+    bf16_rows,
+    count_codes,
+    from_bf16,
+    pack,
+    pack_bf16,
+    packed_shape,
+    pad_inputs,
+    to_bf16,
+    unpack,
+)
 
-ENCODINGS = sorted(TILE_ROWS)
+ENCODINGS = sorted(MAX_CODE)
 AWKWARD = [(1, 1), (7, 13), (16, 16), (65, 257), (80, 64), (81, 17), (163, 500), (240, 1000), (257, 3)]
 
 
@@ -179,3 +192,27 @@ def test_codes_are_counted_without_padding(encoding, shape):
     values, numbers = np.unique(codes, return_counts=True)
     counted = count_codes(pack(codes, encoding), encoding, shape)
     assert counted == dict(zip(values.tolist(), numbers.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (8, 16), (17, 35)])
+def test_bf16_rows_follow_each_other(n, k):
+    w = np.random.default_rng(n).standard_normal((n, k)).astype(np.float32)
+    data = pack_bf16(to_bf16(w))
+    assert data.shape == packed_shape("bf16", (n, k)) and data.size % 64 == 0
+    rows = bf16_rows(PackedTensor("bf16", (n, k), data, np.ones(1, np.float32)))
+    assert np.shares_memory(rows, data) and rows.shape == (-(-n // 8) * 8, pad_inputs(k))
+    assert np.array_equal(rows[:n, :k], to_bf16(w)) and not rows[n:].any() and not rows[:, k:].any()
+
+
+def test_bf16_is_the_nearest_with_ties_to_even():
+    w = np.array([1.0, -1.0, 1.00390625, 1.01171875, 1e-45, 3.3895314e38], np.float32)
+    assert to_bf16(w).tolist() == [0x3F80, 0xBF80, 0x3F80, 0x3F82, 0, 0x7F7F]
+    w = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
+    assert (abs(from_bf16(to_bf16(w)) - w) <= abs(w) * np.float32(2**-8)).all()
+    assert np.array_equal(to_bf16(from_bf16(to_bf16(w))), to_bf16(w))
+
+
+def test_bf16_has_no_codes():
+    for call in (lambda: pack(np.ones((2, 2), np.int8), "bf16"), lambda: unpack(b"", "bf16", (1, 1))):
+        with pytest.raises(ValueError, match="encoding 'bf16': expected one of t80, r64, b128, q8, q4"):
+            call()

@@ -89,7 +89,7 @@ def synthetic(config: ModelConfig, encoding: str = "t80") -> Checkpoint:
             np.int8
         )
         data = np.resize(pack(codes, layout), packed_shape(layout, shape))
-        scale = np.full(scale_shape(shape, granularity(name, config)), shape[-1] ** -0.5, np.float32)
+        scale = np.full(scale_shape(shape, granularity(name, config, layout)), shape[-1] ** -0.5, np.float32)
         tensors[name] = PackedTensor(layout, shape, data, scale)
     return Checkpoint(config, tensors)
 
@@ -115,7 +115,7 @@ class FakeModel:
     def new_cache(self, n_blocks: int) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
 
-    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache) -> np.ndarray:
+    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k=None) -> np.ndarray:
         self.n_tokens.append(len(tokens))
         logits = np.zeros((len(rows), self.config.vocab_size), np.float32)
         for i, table in enumerate(block_tables):

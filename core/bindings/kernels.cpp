@@ -149,6 +149,14 @@ void to_bf16(const std::string& isa, Array<const float, 1> x, Array<std::uint16_
   kernels_of(isa).to_bf16(x.data(), length(x.size()), y.data());
 }
 
+void dot_bf16(const std::string& isa, Array<const std::uint16_t, 2> w, Array<const float, 1> x, Array<float, 1> y) {
+  length(w.size());
+  require_length("x", x.size(), w.shape(1));
+  require_length("y", y.size(), w.shape(0));
+  kernels_of(isa).dot_bf16(w.data(), static_cast<std::ptrdiff_t>(w.shape(1)), x.data(), static_cast<int>(w.shape(0)),
+                           static_cast<int>(w.shape(1)), y.data());
+}
+
 void attend(const std::string& isa, Array<const float, 2> q, float inv_sqrt_d,
             const std::vector<Array<const std::uint16_t, 2>>& k_blocks,
             const std::vector<Array<const std::uint16_t, 2>>& v_blocks, int n_keys, Array<float, 2> out) {
@@ -190,5 +198,6 @@ void bind_kernels(nb::module_& m) {
   m.def("relu2_mul", &gate_mul<&Kernels::relu2_mul>, "isa"_a, "gate"_a, "up"_a, "y"_a);
   m.def("add", &add, "isa"_a, "y"_a, "x"_a);
   m.def("to_bf16", &to_bf16, "isa"_a, "x"_a, "y"_a);
+  m.def("dot_bf16", &dot_bf16, "isa"_a, "w"_a, "x"_a, "y"_a);
   m.def("attend", &attend, "isa"_a, "q"_a, "inv_sqrt_d"_a, "k_blocks"_a, "v_blocks"_a, "n_keys"_a, "out"_a);
 }

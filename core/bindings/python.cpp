@@ -70,6 +70,8 @@ template <>
 constexpr const char* kTypeName<std::int32_t> = "int32";
 template <>
 constexpr const char* kTypeName<std::uint8_t> = "uint8";
+template <>
+constexpr const char* kTypeName<std::uint16_t> = "uint16";
 
 // Of any rank where ndim is 0.
 template <class T>
@@ -144,6 +146,23 @@ class Tensors {
     return values.data;
   }
 
+  bool is_packed(const std::string& name) const { return nb::isinstance<PackedArrays>(find(name)); }
+
+  const std::uint16_t* bf16(const std::string& name, int n, int k) {
+    auto values = array<std::uint16_t>(find(name), name, 2);
+    require(values.size(0) >= n && values.size(1) == onebit::pad_inputs(k), name, ": expected at least ",
+            shape_text({n, onebit::pad_inputs(k)}), " values, not ", shape_text({values.size(0), values.size(1)}));
+    owners_.push_back(std::move(values.owner));
+    return values.data;
+  }
+
+  const float* table(const std::string& name, int n, int k) {
+    auto values = array<float>(find(name), name, 2);
+    require(values.size(0) == n && values.size(1) == k, name, ": expected ", shape_text({n, k}), " values");
+    owners_.push_back(std::move(values.owner));
+    return values.data;
+  }
+
   PackedMatrix matrix(const std::string& name, std::int64_t n, std::int64_t k, bool is_linear) {
     const nb::handle value = find(name);
     require(nb::isinstance<PackedArrays>(value), name, ": expected a PackedMatrix");
@@ -164,7 +183,7 @@ class Tensors {
   std::vector<nb::ndarray<nb::ro, nb::device::cpu>> take_owners() { return std::move(owners_); }
 
  private:
-  nb::handle find(const std::string& name) {
+  nb::handle find(const std::string& name) const {
     require(tensors_.contains(name.c_str()), name, " is missing");
     return tensors_[name.c_str()];
   }
@@ -210,12 +229,29 @@ onebit::ModelConfig read_config(nb::handle config) {
   };
 }
 
+void read_rows(const onebit::ModelConfig& config, bool tied_head, Tensors& tensors, onebit::ModelWeights& weights) {
+  const auto q8 = [&](const char* name) { return tensors.matrix(name, config.vocab_size, config.d_model, false); };
+  const auto bf16 = [&](const char* name) { return tensors.bf16(name, config.vocab_size, config.d_model); };
+  if (tensors.is_packed("embed.weight")) {
+    weights.embed = q8("embed.weight");
+  } else {
+    weights.embed_bf16 = bf16("embed.weight");
+  }
+  const char* head = tied_head ? "embed.weight" : "head.weight";
+  if (tensors.is_packed(head)) {
+    weights.head.q8 = q8(head);
+  } else {
+    weights.head.bf16 = bf16(head);
+    weights.head.q8 = q8("shortlist.weight");
+    weights.head.bounds = tensors.table("shortlist.bounds", 2, config.vocab_size);
+  }
+}
+
 onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_head, Tensors& tensors) {
   const std::int64_t q_width = static_cast<std::int64_t>(config.n_heads) * config.d_head;
   const std::int64_t kv_width = static_cast<std::int64_t>(config.n_kv_heads) * config.d_head;
   onebit::ModelWeights weights;
-  weights.embed = tensors.matrix("embed.weight", config.vocab_size, config.d_model, false);
-  weights.head = tied_head ? weights.embed : tensors.matrix("head.weight", config.vocab_size, config.d_model, false);
+  read_rows(config, tied_head, tensors, weights);
   weights.norm = tensors.gain("norm.weight", config.d_model);
   for (int i = 0; i < config.n_layers; ++i) {
     const std::string prefix = "layers." + std::to_string(i) + ".";
@@ -252,7 +288,8 @@ struct OwnedModel {
   std::unique_ptr<onebit::Model> model;
 };
 
-OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa, int threads) {
+OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa, int threads,
+                      bool int4_shortlist) {
   const onebit::Kernels* kernels = onebit::find_kernels(isa.c_str());
   require(kernels != nullptr, "isa ", isa, " is not available on this machine");
   require(threads >= 1 && threads <= kMaxThreads, "threads is ", threads, "; expected 1 to ", kMaxThreads);
@@ -261,6 +298,7 @@ OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, 
           "config: n_kv_heads must divide n_heads, and d_head must be even");
   Tensors source(std::move(tensors));
   onebit::ModelWeights weights = read_weights(values, nb::cast<bool>(config.attr("tied_head")), source);
+  weights.head.int4_shortlist = int4_shortlist;
   const auto frequencies = array<float>(inv_freq, "inv_freq", 1);
   require(frequencies.size(0) == values.d_head / 2, "inv_freq: expected d_head / 2 values");
   for (int i = 0; i < values.d_head / 2; ++i) {
@@ -303,13 +341,14 @@ void check_sequences(const onebit::Batch& batch, int n_blocks) {
 using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
 Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts,
-               nb::handle block_tables, nb::handle rows, onebit::KvCache& cache) {
+               nb::handle block_tables, nb::handle rows, nb::handle top_k, onebit::KvCache& cache) {
   const onebit::ModelConfig& config = self.model->config();
   const auto tokens_T = array<std::int32_t>(tokens, "tokens", 1);
   const auto positions_T = array<std::int32_t>(positions, "positions", 1);
   const auto starts_S = array<std::int32_t>(seq_starts, "seq_starts", 1);
   const auto tables_SB = array<std::int32_t>(block_tables, "block_tables", 2);
   const auto rows_R = array<std::int32_t>(rows, "rows", 1);
+  const auto top_k_R = array<std::int32_t>(top_k, "top_k", 1);
   require(tokens_T.size(0) >= 1 && tokens_T.size(0) < (1 << 24), "tokens: expected 1 to 2^24 - 1 tokens");
   require(positions_T.size(0) == tokens_T.size(0), "positions: expected one for each of the ", tokens_T.size(0),
           " tokens");
@@ -319,6 +358,8 @@ Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::ha
   check_range(tokens_T, "tokens", config.vocab_size);
   check_range(positions_T, "positions", config.max_seq_len);
   check_range(rows_R, "rows", tokens_T.size(0));
+  require(top_k_R.size(0) == rows_R.size(0), "top_k: expected one for each of the ", rows_R.size(0), " rows");
+  check_range(top_k_R, "top_k", std::int64_t{config.vocab_size} + 1);
   require(
       cache.n_layers() == config.n_layers && cache.n_kv_heads() == config.n_kv_heads && cache.d_head() == config.d_head,
       "cache: made for a model of another shape");
@@ -328,6 +369,7 @@ Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::ha
       .seq_starts = starts_S.data,
       .block_tables = tables_SB.data,
       .rows = rows_R.data,
+      .top_k = top_k_R.data,
       .n_tokens = static_cast<int>(tokens_T.size(0)),
       .n_seqs = static_cast<int>(tables_SB.size(0)),
       .table_width = static_cast<int>(tables_SB.size(1)),
@@ -468,12 +510,15 @@ NB_MODULE(_core, m) {
       .def(
           "__init__",
           [](OwnedModel* self, nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa,
-             int threads) { new (self) OwnedModel(make_model(config, std::move(tensors), inv_freq, isa, threads)); },
-          "config"_a, "tensors"_a, "inv_freq"_a, "isa"_a, "threads"_a,
+             int threads, bool int4_shortlist) {
+            new (self) OwnedModel(make_model(config, std::move(tensors), inv_freq, isa, threads, int4_shortlist));
+          },
+          "config"_a, "tensors"_a, "inv_freq"_a, "isa"_a, "threads"_a, "int4_shortlist"_a,
           nb::sig("def __init__(self, config: object, tensors: dict[str, PackedMatrix | "
-                  "numpy.typing.NDArray[numpy.float32]], "
-                  "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int) -> None"),
-          "config: an onebit.config.ModelConfig; tensors by canonical name; inv_freq: float32 [d_head / 2].")
+                  "numpy.typing.NDArray[numpy.float32] | numpy.typing.NDArray[numpy.uint16]], "
+                  "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int, "
+                  "int4_shortlist: bool) -> None"),
+          "config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2].")
       .def(
           "new_cache",
           [](const OwnedModel& self, std::int64_t n_blocks) {
@@ -482,11 +527,13 @@ NB_MODULE(_core, m) {
             return onebit::KvCache(config.n_layers, config.n_kv_heads, config.d_head, static_cast<int>(n_blocks));
           },
           "n_blocks"_a, "A cache of n_blocks blocks for this model, all zeros.")
-      .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "cache"_a,
+      .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "top_k"_a,
+           "cache"_a,
            nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "
                    "numpy.typing.NDArray[numpy.int32], "
                    "seq_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], "
-                   "rows: numpy.typing.NDArray[numpy.int32], cache: KvCache) -> numpy.typing.NDArray[numpy.float32]"),
+                   "rows: numpy.typing.NDArray[numpy.int32], top_k: numpy.typing.NDArray[numpy.int32], "
+                   "cache: KvCache) -> numpy.typing.NDArray[numpy.float32]"),
            "Logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
       .def_prop_ro(
           "isa", [](const OwnedModel& self) { return std::string(self.model->kernels().name); },

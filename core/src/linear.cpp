@@ -152,4 +152,14 @@ void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matr
   });
 }
 
+void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,
+                   float* y) noexcept {
+  const int rows = tile_rows(matrix.encoding);
+  const int first = tile * rows;
+  alignas(64) std::int32_t hi[kMaxTileRows], lo[kMaxTileRows], part[kMaxTileRows];
+  dot_group(kernels, matrix, tile, 0, x, 0, row, 1, hi, part);
+  dot_group(kernels, matrix, tile, 0, x, 1, row, 1, lo, part);
+  kernels.scale_sums15(hi, lo, matrix.scale + first, x.scale.get()[row], std::min(rows, matrix.n - first), y);
+}
+
 }  // namespace onebit

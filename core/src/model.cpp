@@ -2,6 +2,7 @@
 #include "onebit/model.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <utility>
@@ -70,6 +71,7 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& ker
       quantize_(quantizer(kernels, config.activations)),
       inv_sqrt_d_head_(1.0f / std::sqrt(static_cast<float>(config.d_head))),
       pool_(n_threads),
+      head_(weights_.head, kernels, pool_),
       workspace_(std::make_unique<Workspace>()) {}
 
 Model::~Model() = default;
@@ -120,7 +122,13 @@ void Model::embed(const Batch& batch) {
   }
   pool_.run(batch.n_tokens, [&](int, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
-      embed_row(weights_.embed, batch.tokens[t], w.x_TD.get() + t * config_.d_model);
+      float* x_D = w.x_TD.get() + t * config_.d_model;
+      if (weights_.embed_bf16) {
+        const std::size_t ld = pad_inputs(config_.d_model);
+        embed_row(weights_.embed_bf16 + batch.tokens[t] * ld, config_.d_model, x_D);
+      } else {
+        embed_row(weights_.embed, batch.tokens[t], x_D);
+      }
       rope_angles(batch.positions[t], weights_.inv_freq.data(), config_.d_head / 2, config_.rope_attention_factor,
                   w.cos_TH.get() + t * half, w.sin_TH.get() + t * half);
     }
@@ -245,18 +253,15 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
 }
 
 void Model::head(const Batch& batch, float* logits) {
-  Workspace& w = *workspace_;
   const int d_model = config_.d_model;
-  w.codes.resize(weights_.head, batch.n_rows, 2);
-  pool_.run(batch.n_rows, [&](int share, int begin, int end) {
-    float* h_D = w.row(share, 0);
-    for (int r = begin; r < end; ++r) {
-      kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(batch.rows[r]) * d_model, weights_.norm,
-                        config_.norm_eps, d_model, h_D);
-      w.codes.write15(kernels_, h_D, r);
+  float* h_RD = head_.input(batch.n_rows);
+  pool_.run(batch.n_rows, [&](int, int begin, int end) {
+    for (std::size_t r = begin; r < static_cast<std::size_t>(end); ++r) {
+      const float* x_D = workspace_->x_TD.get() + static_cast<std::size_t>(batch.rows[r]) * d_model;
+      kernels_.rms_norm(x_D, weights_.norm, config_.norm_eps, d_model, h_RD + r * d_model);
     }
   });
-  linear15(kernels_, pool_, weights_.head, w.codes, logits);
+  head_.forward(pool_, batch.n_rows, batch.top_k, logits);
 }
 
 void Model::add_residual(int first, int n_tokens) {
@@ -279,6 +284,10 @@ void embed_row(const PackedMatrix& matrix, int row, float* x) noexcept {
     const int code = lane[static_cast<std::size_t>(k / 4) * 64 + k % 4] - 128;
     x[k] = static_cast<float>(code) * scale;
   }
+}
+
+void embed_row(const std::uint16_t* row, int n, float* x) noexcept {
+  for (int i = 0; i < n; ++i) x[i] = std::bit_cast<float>(std::uint32_t{row[i]} << 16);
 }
 
 }  // namespace onebit

@@ -63,12 +63,15 @@ class Model:
     def __init__(
         self,
         config: object,
-        tensors: dict[str, PackedMatrix | numpy.typing.NDArray[numpy.float32]],
+        tensors: dict[
+            str, PackedMatrix | numpy.typing.NDArray[numpy.float32] | numpy.typing.NDArray[numpy.uint16]
+        ],
         inv_freq: numpy.typing.NDArray[numpy.float32],
         isa: str,
         threads: int,
+        int4_shortlist: bool,
     ) -> None:
-        """config: an onebit.config.ModelConfig; tensors by canonical name; inv_freq: float32 [d_head / 2]."""
+        """config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]."""
 
     def new_cache(self, n_blocks: int) -> KvCache:
         """A cache of n_blocks blocks for this model, all zeros."""
@@ -80,6 +83,7 @@ class Model:
         seq_starts: numpy.typing.NDArray[numpy.int32],
         block_tables: numpy.typing.NDArray[numpy.int32],
         rows: numpy.typing.NDArray[numpy.int32],
+        top_k: numpy.typing.NDArray[numpy.int32],
         cache: KvCache,
     ) -> numpy.typing.NDArray[numpy.float32]:
         """Logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""

@@ -110,9 +110,11 @@ class LLM:
         kv_cache: number format of keys and values: "bf16".
         speculation: guess tokens from the text itself and compute several in one step where that pays; the
             texts are the same, to the token.
+        shortlist: "int4" finds the best tokens through 4-bit rows of the head, half the memory to read. Their scores
+            stay exact; that none is missed is only very probable. None misses none.
 
     Raises:
-        ValueError: a full-precision model, or an unknown kv_cache.
+        ValueError: a full-precision model, or an unknown kv_cache or shortlist.
     """
 
     def __init__(
@@ -121,14 +123,18 @@ class LLM:
         threads: int | None = None,
         kv_cache: str = "bf16",
         speculation: bool = True,
+        shortlist: str | None = None,
     ) -> None:
+        if shortlist not in (None, "int4"):
+            raise ValueError(f"shortlist is {shortlist!r}; expected 'int4' or None")
         if kv_cache != "bf16":
             raise ValueError(f"kv_cache is {kv_cache!r}; expected 'bf16'")
         if checkpoint.config.weights == "dense":
             raise ValueError("this is a full-precision model; the engine runs b1.58 and b1 weights only")
         self.checkpoint = quantize(checkpoint)
         self.config = checkpoint.config
-        self.model = Model(self.checkpoint, threads)
+        self.shortlist = shortlist
+        self.model = Model(self.checkpoint, threads, int4_shortlist=shortlist == "int4")
         # Of all calls: what a row costs is learned once.
         self._speculation = Speculation() if speculation else None
         self._start = next(
@@ -140,6 +146,11 @@ class LLM:
             self._tokenizer = Tokenizer(
                 checkpoint.tokenizer, self.config.bos_token, checkpoint.chat_template, eos_token
             )
+
+    @property
+    def label(self) -> str:
+        """The label of the checkpoint, as in "W1.58A8KV16", and a shortlist that is only probable."""
+        return self.checkpoint.label + (f" + {self.shortlist} shortlist" if self.shortlist else "")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -266,6 +277,7 @@ def load(
     threads: int | None = None,
     kv_cache: str = "bf16",
     speculation: bool = True,
+    shortlist: str | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -274,12 +286,15 @@ def load(
         threads: None takes one for each core.
         kv_cache: number format of keys and values: "bf16".
         speculation: see LLM.
+        shortlist: None or "int4"; see LLM.
 
     Raises:
-        ValueError: a damaged file, a full-precision model, or an unknown kv_cache.
+        ValueError: a damaged file, a full-precision model, or an unknown kv_cache or shortlist.
         OSError: a file that cannot be read.
     """
-    return LLM(formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache, speculation)
+    return LLM(
+        formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache, speculation, shortlist
+    )
 
 
 def _items(prompt: Any) -> Sequence[Any]:

@@ -20,22 +20,23 @@ UNIT_INPUTS = 4
 UNIT_BYTES = LANES * UNIT_INPUTS
 INPUT_ALIGN = 16
 
-# Rows of one tile: 16 lanes x the codes that share a byte.
-TILE_ROWS: dict[str, int] = {"t80": 80, "r64": 64, "b128": 128, "q8": 16, "q4": 32}
+# Rows of one tile: 16 lanes x the codes that share a byte. bf16 has no codes: 8 rows, one after the other, are a tile.
+TILE_ROWS: dict[str, int] = {"t80": 80, "r64": 64, "b128": 128, "q8": 16, "q4": 32, "bf16": 8}
 
 # Largest code magnitude of each layout. b128 has no zero.
 MAX_CODE: dict[str, int] = {"t80": 1, "r64": 1, "b128": 1, "q8": 127, "q4": 7}
 
 Int8 = npt.NDArray[np.int8]
 UInt8 = npt.NDArray[np.uint8]
+UInt16 = npt.NDArray[np.uint16]
 Float32 = npt.NDArray[np.float32]
 
 
 class PackedTensor(NamedTuple):
-    """A quantised matrix: w ~ codes * scale, the codes packed.
+    """A quantised matrix: w ~ codes * scale, the codes packed; or one of bfloat16, with the scale 1.
 
     Args:
-        encoding: layout of data: "t80", "r64", "b128", "q8" or "q4".
+        encoding: layout of data: "t80", "r64", "b128", "q8", "q4" or "bf16".
         shape: (n, k), rows and inputs without padding.
         data: uint8 [tiles, k_padded / 4, 64].
         scale: float32 multiplier, [1], [n] or [n, groups].
@@ -78,8 +79,8 @@ def pack(codes: Int8, encoding: str) -> UInt8:
     Raises:
         ValueError: an unknown encoding, another dtype or rank, or a code that the layout cannot hold.
     """
-    tiles, units, _ = packed_shape(encoding, codes.shape)
     _check_codes(codes, encoding)
+    tiles, units, _ = packed_shape(encoding, codes.shape)
     n, k = codes.shape
     groups = TILE_ROWS[encoding] // LANES
     padded = np.zeros((tiles * TILE_ROWS[encoding], units * UNIT_INPUTS), np.int8)
@@ -109,6 +110,7 @@ def unpack(data: UInt8, encoding: str, shape: tuple[int, int]) -> Int8:
     Raises:
         ValueError: an unknown encoding, a data shape that does not fit, or a byte that `pack` never writes.
     """
+    _check_layout(encoding)
     _check_shape(data, encoding, shape)
     codes_of_byte, is_valid = _DECODE[encoding]
     if not is_valid[data].all():
@@ -168,12 +170,58 @@ def _check_shape(data: UInt8, encoding: str, shape: tuple[int, int]) -> None:
         )
 
 
+def to_bf16(w: Float32) -> UInt16:
+    """Round to bfloat16, nearest, ties to even.
+
+    Args:
+        w: float32, finite.
+
+    Returns:
+        uint16 of the same shape: the upper halves of the rounded values.
+    """
+    bits = np.ascontiguousarray(w).view(np.uint32)
+    return (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def pack_bf16(w: UInt16) -> UInt8:
+    """Lay out rows of bfloat16, one after the other; what only pads is 0.
+
+    Args:
+        w: uint16 [n, k], bfloat16.
+
+    Returns:
+        uint8 [tiles, k_padded / 4, 64].
+    """
+    shape = packed_shape("bf16", w.shape)
+    n, k = w.shape
+    padded = np.zeros((shape[0] * TILE_ROWS["bf16"], pad_inputs(k)), "<u2")
+    padded[:n, :k] = w
+    return padded.view(np.uint8).reshape(shape)
+
+
+def bf16_rows(tensor: PackedTensor) -> UInt16:
+    """The rows of a bf16 tensor with their padding, uint16 [n_padded, k_padded], a view."""
+    rows: UInt16 = tensor.data.view("<u2").reshape(-1, pad_inputs(tensor.shape[1]))
+    return rows
+
+
+def from_bf16(w: UInt16) -> Float32:
+    """bfloat16 as float32, exactly."""
+    return (w.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def _check_encoding(encoding: str) -> None:
     if encoding not in TILE_ROWS:
         raise ValueError(f"encoding {encoding!r}: expected one of {', '.join(TILE_ROWS)}")
 
 
+def _check_layout(encoding: str) -> None:
+    if encoding not in MAX_CODE:
+        raise ValueError(f"encoding {encoding!r}: expected one of {', '.join(MAX_CODE)}")
+
+
 def _check_codes(codes: Int8, encoding: str) -> None:
+    _check_layout(encoding)
     if codes.dtype != np.int8:
         raise ValueError(f"codes are {codes.dtype}; expected int8")
     top = MAX_CODE[encoding]
@@ -217,4 +265,4 @@ def _decode_table(encoding: str) -> tuple[Int8, npt.NDArray[np.bool_]]:
 
 # Byte of each number c = 0..242, rounded up so that the digits come out of the top by multiplication.
 _T80_BYTE = ((256 * np.arange(243) + 242) // 243).astype(np.uint8)
-_DECODE = {encoding: _decode_table(encoding) for encoding in TILE_ROWS}
+_DECODE = {encoding: _decode_table(encoding) for encoding in MAX_CODE}

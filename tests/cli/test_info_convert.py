@@ -116,3 +116,14 @@ def test_convert_changes_the_layout_and_back(folder, tmp_path):
     assert formats.read(wide).tensors["layers.0.q.weight"].encoding == "r64"
     assert cli(folder, "convert", wide, str(back), "--encoding", "t80")[0] == 0
     assert back.read_bytes() == (folder / "tiny.onebit").read_bytes()
+
+
+def test_convert_keeps_the_head_in_bf16(folder, tmp_path):
+    code, _, err = cli(folder, "convert", "run", str(tmp_path / "x.onebit"), "--head", "bf16")
+    assert code == 0 and "W1.58A8KV16H16" in err
+    shown = rows(cli(folder, "info", str(tmp_path / "x.onebit"), "--verify")[1])
+    assert shown["label"] == ["W1.58A8KV16H16"] and shown["head"][0].startswith("bfloat16")
+    code, _, err = cli(folder, "convert", "tiny.onebit", str(tmp_path / "y.onebit"), "--head", "bf16")
+    assert code == 2 and "convert the run folder with head bf16" in err
+    code, _, err = cli(folder, "run", "Once", "-m", str(tmp_path / "x.onebit"), "--shortlist", "int4")
+    assert code == 0 and "W1.58A8KV16H16 + int4 shortlist" in err

@@ -392,6 +392,17 @@ def test_outputs_may_be_inputs(isa, name, rng):
         assert_same_bits(pair[place], expected)
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 9, 16])
+@pytest.mark.parametrize("k", [1, 16, 17, 100, 257])
+def test_dot_bf16(isa, n, k, rng):
+    w = reference.to_bf16(floats(rng, n * k)).reshape(n, k)
+    for x in (floats(rng, k), floats(rng, k) * np.float32(1e-39), floats(rng, k) * np.float32(1e37)):
+        y = empty(n, np.float32)
+        kernels.dot_bf16(isa, fenced(w), fenced(x), y)
+        with np.errstate(over="ignore", invalid="ignore"):
+            assert_same_bits(y, quant.lane_sum(x * reference.from_bf16(w))[:, 0])
+
+
 # ---- Attention ----
 
 
@@ -476,6 +487,8 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.silu_mul(isa, f, f[:8], f),
         lambda: kernels.add(isa, f, f[:8]),
         lambda: kernels.to_bf16(isa, f, np.zeros(8, np.uint16)),
+        lambda: kernels.dot_bf16(isa, np.zeros((2, 15), np.uint16), f, f[:2]),
+        lambda: kernels.dot_bf16(isa, np.zeros((2, 16), np.uint16), f, f[:1]),
         lambda: kernels.attend(isa, f[None], 1.0, [block], [block], 65, np.zeros((1, 16), np.float32)),
         lambda: kernels.attend(isa, f[None], 1.0, [block], [], 1, np.zeros((1, 16), np.float32)),
         lambda: kernels.attend(isa, f[None], 1.0, [block[:5]], [block], 1, np.zeros((1, 16), np.float32)),

@@ -47,6 +47,21 @@ def test_round_trip(tmp_path, changes):
     assert (tmp_path / "x.onebit").read_bytes() == first
 
 
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_round_trip_of_a_bf16_head(tmp_path, tied_head):
+    packed = quantize(tiny.master(tiny.config(tied_head=tied_head, vocab_size=323)), head="bf16")
+    assert (packed.head, packed.label) == ("bf16", "W1.58A8KV16H16")
+    native.write(packed, tmp_path / "x.onebit")
+    assert_equal(native.read(tmp_path / "x.onebit"), packed)
+    assert quantize(native.read(tmp_path / "x.onebit"), "r64").head == "bf16"
+    for name in ("shortlist.weight", "shortlist.bounds"):
+        with pytest.raises(ValueError, match=f"tensor {name} is missing"):
+            replace(packed, tensors={n: t for n, t in packed.tensors.items() if n != name})
+    q8 = quantize(tiny.master())
+    with pytest.raises(ValueError, match=r"tensor shortlist.bounds is not part"):
+        replace(q8, tensors=q8.tensors | {"shortlist.bounds": packed.tensors["shortlist.bounds"]})
+
+
 def test_a_bare_model_needs_no_tokenizer(tmp_path):
     packed = replace(quantize(tiny.master()), tokenizer=None, provenance={})
     native.write(packed, tmp_path / "x.onebit")

@@ -38,6 +38,19 @@ def test_logits_are_the_same_bits(name, monkeypatch):
         assert np.array_equal(LLM(quantize(master)).logits(tokens), expected)
 
 
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_logits_of_a_bf16_head_are_the_same_bits(tied_head, monkeypatch):
+    master = tiny.master(tiny.config(tied_head=tied_head, d_model=40), seed=5)
+    tokens = np.random.default_rng(6).integers(0, 320, 70).tolist()
+    with torch.no_grad():
+        model = Transformer.from_checkpoint(master, head="bf16").eval()
+        expected = model(torch.tensor([tokens]))[0].numpy()
+    assert np.isfinite(expected).all() and np.ptp(expected) > 1
+    for isa in available_isas():
+        monkeypatch.setenv("ONEBIT_ISA", isa)
+        assert np.array_equal(LLM(quantize(master, head="bf16")).logits(tokens), expected)
+
+
 def test_a_library_that_flushes_denormals_changes_no_bit():
     config = tiny.config(tied_head=False, norm_eps=2e-38)
     packed = quantize(tiny.master(config))

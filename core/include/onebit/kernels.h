@@ -53,6 +53,8 @@ struct Kernels {
   void (*add)(const float* y, int n, float* x) noexcept;
   // Round to bfloat16, ties to even.
   void (*to_bf16)(const float* x, int n, std::uint16_t* y) noexcept;
+  // y[i] = lane_sum(w[i * ldw + j] * x[j], j < k) for n rows of bfloat16.
+  void (*dot_bf16)(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept;
 
   // Attention of `heads` query heads that share one key-value head, for one token.
   //   q: float32 [heads, d]; k_blocks[b], v_blocks[b]: bfloat16 [kBlockTokens, d]; n_keys keys are visible.

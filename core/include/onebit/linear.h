@@ -4,6 +4,7 @@
 // group and fits one dot_tile call.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -64,5 +65,8 @@ void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutp
 
 // y[t, n] = (float(hi * 128 + lo) * w_scale[n]) * x_scale[t]. The matrix has one scale per row.
 void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, QuantizedRows& x, float* y);
+// Of it, the outputs of one tile for one row of x: at most kMaxTileRows values.
+void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,
+                   float* y) noexcept;
 
 }  // namespace onebit

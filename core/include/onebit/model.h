@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "onebit/head.h"
 #include "onebit/kernels.h"
 #include "onebit/kv_cache.h"
 #include "onebit/threads.h"
@@ -45,12 +46,13 @@ struct LayerWeights {
   PackedMatrix gate, up, down;
 };
 
-// Linear layers are T80, R64 or B128; embed and head (the same where tied) are Q8 with one scale per row.
+// Linear layers are T80, R64 or B128; embedding and head (the same where tied) are Q8 with one scale per row, or bfloat16.
 struct ModelWeights {
-  PackedMatrix embed;
+  PackedMatrix embed;                         // unused with embed_bf16
+  const std::uint16_t* embed_bf16 = nullptr;  // [vocab_size, pad_inputs(d_model)]
   std::vector<LayerWeights> layers;
   const float* norm;
-  PackedMatrix head;
+  HeadWeights head;
   std::vector<float> inv_freq;  // [d_head / 2]
 };
 
@@ -62,6 +64,7 @@ struct Batch {
   const std::int32_t* seq_starts;    // [n_seqs + 1]
   const std::int32_t* block_tables;  // [n_seqs, table_width]
   const std::int32_t* rows;          // [n_rows]: the tokens whose logits are wanted
+  const std::int32_t* top_k;         // [n_rows]: how many of the best of them, 0 for all; null: all
   int n_tokens;
   int n_seqs;
   int table_width;
@@ -77,7 +80,7 @@ class Model {
   const Kernels& kernels() const { return kernels_; }
   int n_threads() const { return pool_.size(); }
 
-  // logits: float32 [n_rows, vocab_size]. Callers on several threads take turns. Throws std::bad_alloc.
+  // logits: float32 [n_rows, vocab_size]; see Head::forward. Callers on several threads take turns. Throws std::bad_alloc.
   void forward(const Batch& batch, KvCache& cache, float* logits);
 
  private:
@@ -97,11 +100,14 @@ class Model {
   Kernels::Quantize quantize_;
   float inv_sqrt_d_head_;
   ThreadPool pool_;
+  Head head_;
   std::mutex mutex_;
   std::unique_ptr<Workspace> workspace_;
 };
 
 // One row of a Q8 matrix as float32(code) * scale.
 void embed_row(const PackedMatrix& matrix, int row, float* x) noexcept;
+// A row of bfloat16 as it is.
+void embed_row(const std::uint16_t* row, int n, float* x) noexcept;
 
 }  // namespace onebit

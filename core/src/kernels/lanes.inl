@@ -377,6 +377,36 @@ std::int32_t sum_codes(const std::int8_t* codes, int n) noexcept {
   return sum;
 }
 
+// ---- bfloat16 rows ----
+
+template <int kRows>
+ONEBIT_INLINE void dot_rows(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int k, float* y) {
+  const int whole = k / kLaneCount * kLaneCount;
+  Lanes sum[kRows];
+  ONEBIT_UNROLL
+  for (int i = 0; i < kRows; ++i) sum[i] = splat(0.0f);
+  for (int j = 0; j < whole; j += kLaneCount) {
+    const Lanes input = load_lanes(x + j);
+    ONEBIT_UNROLL
+    for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load_lanes(w + i * ldw + j) * input;
+  }
+  if (whole < k) {
+    const Lanes input = load_lanes(x + whole, k - whole);
+    ONEBIT_UNROLL
+    for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load_lanes(w + i * ldw + whole, k - whole) * input;
+  }
+  ONEBIT_UNROLL
+  for (int i = 0; i < kRows; ++i) y[i] = total(sum[i]);
+}
+
+void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
+  // Enough independent sums to hide the latency of an addition.
+  constexpr int kRows = 4;
+  int i = 0;
+  for (; i + kRows <= n; i += kRows) dot_rows<kRows>(w + i * ldw, ldw, x, k, y + i);
+  for (; i < n; ++i) dot_rows<1>(w + i * ldw, ldw, x, k, y + i);
+}
+
 // ---- Attention ----
 
 // Heads that share one pass over the keys and values.
@@ -539,7 +569,8 @@ void attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint1
 }
 
 // What this file gives to a table of Kernels, in the order of its members.
-#define ONEBIT_LANE_KERNELS                                                                                       \
-  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4, \
-  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,         \
-  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .to_bf16 = to_bf16, .attend = attend
+#define ONEBIT_LANE_KERNELS                                                                                         \
+  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4,   \
+  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,           \
+  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .to_bf16 = to_bf16, .dot_bf16 = dot_bf16, \
+  .attend = attend

@@ -237,6 +237,10 @@ void to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
 
 float from_bf16(std::uint16_t x) { return std::bit_cast<float>(std::uint32_t{x} << 16); }
 
+void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
+  for (int i = 0; i < n; ++i) y[i] = lane_sum(k, [&](int j) { return from_bf16(w[i * ldw + j]) * x[j]; });
+}
+
 void attend_one(const float* q, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
                 const std::uint16_t* const* v_blocks, int n_keys, float* out) {
   float m = 0.0f;
@@ -296,6 +300,7 @@ const Kernels kScalar = {
     .relu2_mul = relu2_mul,
     .add = add,
     .to_bf16 = to_bf16,
+    .dot_bf16 = dot_bf16,
     .attend = attend,
 };
 

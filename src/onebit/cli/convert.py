@@ -17,6 +17,12 @@ def convert(
             "r64 is the simplest for b1.58.",
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="How the head is kept, and an embedding tied to it: q8 (default), int8 rows, or bf16, for fidelity."
+        ),
+    ] = None,
 ) -> None:
     """Pack a trained model into one .onebit file.
 
@@ -27,7 +33,7 @@ def convert(
     from onebit import formats
     from onebit.cli.info import parts_table
 
-    packed = formats.convert(src, dst, encoding)
+    packed = formats.convert(src, dst, encoding, head)
     console = Console(file=sys.stderr)
     console.print(parts_table(packed))
     console.print(f"{dst}: {packed.label}, {dst.stat().st_size:,} bytes", highlight=False, markup=False)

@@ -100,6 +100,8 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
             if isinstance(tensor, PackedTensor) and config.is_linear(name)
         }
         table.add_row("encoding", ", ".join(sorted(encodings)))
+        heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
+        table.add_row("head", heads[checkpoint.head or "q8"])
         shares = code_histogram(checkpoint)
         table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
     table.add_row("chat template", "yes" if checkpoint.chat_template else "no")

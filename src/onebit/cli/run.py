@@ -40,6 +40,10 @@ def run(
     speculation: Annotated[
         bool, typer.Option(help="Guess repeated tokens ahead; the text is the same.")
     ] = True,
+    shortlist: Annotated[
+        str | None,
+        typer.Option(help="int4: find the best tokens through a 4-bit head; misses one next to never."),
+    ] = None,
 ) -> None:
     """Continue a text, or talk when there is no prompt.
 
@@ -64,7 +68,7 @@ def run(
 
     from onebit.llm import load
 
-    llm = load(model, threads, kv_cache, speculation)
+    llm = load(model, threads, kv_cache, speculation, shortlist)
     if is_chat:
         _chat(llm, params)
         return
@@ -111,6 +115,8 @@ def _summary(llm: "LLM", output: "Output | None", n_tokens: int, seed: int) -> s
         if output.timings.drafted:
             facts.append(f"{output.timings.accepted} of {output.timings.drafted} guesses right")
     threads = "1 thread" if llm.model.threads == 1 else f"{llm.model.threads} threads"
+    if llm.shortlist:
+        facts.append(llm.label)
     return " | ".join([*facts, f"{llm.model.isa} kernels, {threads}", f"seed {seed}"])
 
 

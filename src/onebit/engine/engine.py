@@ -38,6 +38,7 @@ class Generation(Request):
         n_prompt: leading tokens that are the prompt.
         max_tokens: most tokens to generate; the context may allow fewer than were asked for.
         params: how tokens are chosen.
+        n_best: how many of the best logits that takes; 0: all.
         seed: of the random draws, also where params leave it open.
         detokenizer: turns tokens into text; None for a model without tokenizer.
         ids: int32, the tokens once more, as the core reads them, with room for those to come.
@@ -50,6 +51,7 @@ class Generation(Request):
     n_prompt: int
     max_tokens: int
     params: SamplingParams
+    n_best: int
     seed: int
     detokenizer: Detokenizer | None
     ids: Int32
@@ -119,6 +121,7 @@ class Engine:
         self._tokens = np.empty(max_step_tokens, np.int32)
         self._positions = np.empty(max_step_tokens, np.int32)
         self._rows = np.empty(max_step_tokens, np.int32)
+        self._top_k = np.empty(max_step_tokens, np.int32)
         self._starts = np.zeros(1, np.int32)
         self._tables = np.zeros((0, 0), np.int32)
 
@@ -143,6 +146,7 @@ class Engine:
             n_prompt=len(tokens),
             max_tokens=n_positions - len(tokens) + 1,
             params=params,
+            n_best=min(params.n_best, self._model.config.vocab_size),
             seed=random_seed() if params.seed is None else params.seed,
             detokenizer=Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None,
             ids=ids,
@@ -237,6 +241,7 @@ class Engine:
                 is_decoding = is_decoding and stop - start == 1
             starts[i + 1] = n_tokens
             if stop == len(request.tokens):
+                self._top_k[n_rows : n_rows + 1 + n_drafts] = request.n_best
                 for row in range(n_tokens - 1 - n_drafts, n_tokens):
                     self._rows[n_rows] = row
                     n_rows += 1
@@ -250,6 +255,7 @@ class Engine:
             self._tables[: len(batch)],
             self._rows[:n_rows],
             self._cache,
+            self._top_k[:n_rows],
         )
         if self._speculation and is_timed:
             self._speculation.observe(n_tokens, time.perf_counter() - begun_s)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from onebit import _core
 from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
-from onebit.packing import PackedTensor
+from onebit.packing import PackedTensor, UInt16, bf16_rows
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -39,6 +39,7 @@ class Model:
         checkpoint: a packed checkpoint, as `onebit.checkpoint.quantize` makes it.
         threads: threads to compute on; None takes ONEBIT_THREADS, else `default_threads()`.
         isa: instruction set, one of `available_isas()`; None takes ONEBIT_ISA, else the best one.
+        int4_shortlist: find the best logits through 4-bit rows, with a bound that is only probable.
 
     Raises:
         ValueError: a checkpoint that is not packed, an instruction set that is not available here, a number of
@@ -46,7 +47,13 @@ class Model:
         OSError: the system refuses so many threads.
     """
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        isa: str | None = None,
+        int4_shortlist: bool = False,
+    ) -> None:
         if not checkpoint.is_packed:
             raise ValueError(
                 f"the checkpoint is a float32 master with {checkpoint.config.weights} weights; "
@@ -57,7 +64,7 @@ class Model:
         frequencies = np.array(self.config.rope_frequencies(), np.float32)
         isa, threads = choose_isa(isa), choose_threads(threads)
         try:
-            self._core = _core.Model(self.config, tensors, frequencies, isa, threads)
+            self._core = _core.Model(self.config, tensors, frequencies, isa, threads, int4_shortlist)
         except RuntimeError as error:
             # The one thing in there that the system can deny.
             raise OSError(f"the system refuses {threads} threads ({error}); ask for fewer") from None
@@ -92,6 +99,7 @@ class Model:
         block_tables: Int32,
         rows: Int32,
         cache: KvCache,
+        top_k: Int32 | None = None,
     ) -> Float32:
         """Run sequences, one after another in `tokens`, and return the logits of some of their tokens.
 
@@ -106,6 +114,8 @@ class Model:
                 [b * BLOCK_TOKENS, (b + 1) * BLOCK_TOKENS). Entries that are not reached may have any value.
             rows: int32 [R], indices of the tokens whose logits are wanted.
             cache: from `new_cache` of this model.
+            top_k: int32 [R], how many of the best logits of each row are needed; 0 or None: all. The others may
+                be -infinity; equal ones of the k-th best are kept.
 
         Returns:
             float32 [R, V].
@@ -113,7 +123,8 @@ class Model:
         Raises:
             ValueError: an array of another dtype or shape, or a value out of range.
         """
-        return self._core.forward(tokens, positions, seq_starts, block_tables, rows, cache)
+        top_k = np.zeros(len(rows), np.int32) if top_k is None else top_k
+        return self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache)
 
 
 def sample(
@@ -216,8 +227,10 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _to_core(tensor: Float32 | PackedTensor) -> Float32 | _core.PackedMatrix:
+def _to_core(tensor: Float32 | PackedTensor) -> Float32 | UInt16 | _core.PackedMatrix:
     if not isinstance(tensor, PackedTensor):
         return tensor
+    if tensor.encoding == "bf16":
+        return bf16_rows(tensor)
     n, k = tensor.shape
     return _core.PackedMatrix(tensor.encoding, n, k, tensor.data, tensor.scale)

@@ -62,6 +62,13 @@ class SamplingParams:
             raise ValueError(f"ignore_eos is {self.ignore_eos!r}; expected True or False")
         self._set("ignore_eos", bool(self.ignore_eos))
 
+    @property
+    def n_best(self) -> int:
+        """How many of the best logits decide the draw; 0: all of them."""
+        if self.repetition_penalty != 1:
+            return 0
+        return 1 if self.temperature == 0 else self.top_k
+
     def _set(self, name: str, value: Any) -> None:
         # The one moment at which a frozen value is still made: numpy numbers become Python's.
         object.__setattr__(self, name, value)

@@ -48,7 +48,10 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
 
 
 def convert(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], encoding: str | None = None
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    encoding: str | None = None,
+    head: str | None = None,
 ) -> Checkpoint:
     """Quantise a run folder, or lay out a .onebit file anew, and write the result as a .onebit file.
 
@@ -56,17 +59,18 @@ def convert(
         src: a run folder or a .onebit file.
         dst: the .onebit file to make or to replace.
         encoding: layout of the linear layers; None takes the smallest, or keeps that of a .onebit file.
+        head: "q8", int8 rows, or "bf16"; None takes int8 rows, or keeps those of a .onebit file.
 
     Returns:
         The packed model; `onebit.checkpoint.parts` has its sizes.
 
     Raises:
-        ValueError: an unreadable source, another suffix, or an encoding that does not fit.
+        ValueError: an unreadable source, another suffix, or an encoding or head that does not fit.
         OSError: a file cannot be read or written.
     """
     dst = Path(dst)
     if dst.suffix != SUFFIX:
         raise ValueError(f"{dst}: expected a file name that ends in {SUFFIX}")
-    packed = quantize(read(src), encoding)
+    packed = quantize(read(src), encoding, head)
     native.write(packed, dst)
     return packed

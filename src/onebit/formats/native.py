@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onebit import __version__
-from onebit.checkpoint import Checkpoint, Tensor, granularity, scale_shape
+from onebit.checkpoint import Checkpoint, Tensor, granularity, head_name, scale_shape, tensor_shapes
 from onebit.config import ModelConfig
 from onebit.formats import tensors as container
 from onebit.formats.tensors import Array, Json, named, shorten
@@ -136,8 +136,10 @@ def _checkpoint(metadata: dict[str, str], stored: dict[str, Array]) -> Checkpoin
         raise ValueError(f"the config claims {config.n_layers} layers; the file has {len(stored)} tensors")
     left = dict(stored)
     tensors: dict[str, Tensor] = {}
-    for name, shape in config.tensor_shapes().items():
-        if len(shape) == 2:
+    entry = encodings.get(head_name(config))
+    head = entry.get("encoding") if isinstance(entry, dict) else None
+    for name, shape in tensor_shapes(config, head).items():
+        if len(shape) == 2 and name.endswith(".weight"):
             tensors[name] = _take_packed(name, (shape[0], shape[1]), config, encodings, left)
         else:
             tensors[name] = _take(name, "<f4", shape, left)
@@ -166,7 +168,7 @@ def _take_packed(
     if entry != expected:
         raise ValueError(f"tensor {name} is described as {shorten(entry)}; expected {shorten(expected)}")
     data = _take(name, "u1", packed_shape(encoding, shape), left)
-    scale = _take(_scale_name(name), "<f4", scale_shape(shape, granularity(name, config)), left)
+    scale = _take(_scale_name(name), "<f4", scale_shape(shape, granularity(name, config, encoding)), left)
     return PackedTensor(encoding, shape, data, scale)
 
 
@@ -218,7 +220,7 @@ def _encodings(checkpoint: Checkpoint) -> Json:
 
 
 def _encoding_entry(name: str, encoding: str, shape: tuple[int, int], config: ModelConfig) -> Json:
-    return {"encoding": encoding, "shape": list(shape), "scale": granularity(name, config)}
+    return {"encoding": encoding, "shape": list(shape), "scale": granularity(name, config, encoding)}
 
 
 def _scale_name(name: str) -> str:

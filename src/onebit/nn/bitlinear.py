@@ -102,6 +102,11 @@ def int8_rows(w: Tensor) -> Tensor:
     return straight_through(w, lambda rows: quantize_rows(rows, 8))
 
 
+def bf16_rows(w: Tensor) -> Tensor:
+    """The embedding or head matrix rounded to bfloat16; gradients pass as they are. w: float32 [rows, n]."""
+    return w.bfloat16().float()
+
+
 def int15_activations(x: Tensor) -> Tensor:
     """The head's input as the engine keeps it: 15 bits per token. x: float32 [..., n]."""
     return straight_through(x, quantize_a15)

@@ -101,3 +101,19 @@ def head(x: Tensor, w: Tensor) -> Tensor:
     # Whole numbers below 2^53: exact in float64 in any order.
     sums = x_codes.double() @ w_codes.double().T
     return (sums.float() * w_scale) * x_scale
+
+
+def head_bf16(x: Tensor, w: Tensor) -> Tensor:
+    """Logits of a head in bfloat16: the lane sum of x * bfloat16(w).
+
+    Args:
+        x: float32 [..., n].
+        w: float32 [V, n].
+
+    Returns:
+        float32 [..., V].
+    """
+    rows = w.bfloat16().float()
+    # One row of x at a time: the products take as much memory as the head.
+    logits = [lane_sum(row * rows)[:, 0] for row in x.flatten(0, -2)]
+    return torch.stack(logits).unflatten(0, x.shape[:-1])

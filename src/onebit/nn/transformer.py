@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
 from onebit.nn import ordered
-from onebit.nn.bitlinear import bit_linear, int8_rows, int15_activations
+from onebit.nn.bitlinear import bf16_rows, bit_linear, int8_rows, int15_activations
 
 
 class RMSNorm(nn.Module):
@@ -95,11 +95,13 @@ class Transformer(nn.Module):
     Args:
         config: shape and flags.
         seed: of the initial weights: normal with deviation 0.02, o and down divided by sqrt(2 n_layers).
+        head: how the engine will keep the head: "q8" or "bf16".
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, head: str = "q8") -> None:
         super().__init__()
         self.config = config
+        self.head_format = head
         self.embed = Linear(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -117,15 +119,15 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=deviation, generator=generator)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> "Transformer":
-        """A model with the weights of a float32 master.
+    def from_checkpoint(cls, checkpoint: Checkpoint, head: str = "q8") -> "Transformer":
+        """A model with the weights of a float32 master, and the head that `quantize` would give it.
 
         Raises:
             ValueError: a packed checkpoint: rounding its weights again would not give its codes and scales.
         """
         if checkpoint.is_packed:
             raise ValueError("this model is packed; training and evaluation need its float32 master")
-        model = cls(checkpoint.config)
+        model = cls(checkpoint.config, head=head)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(torch.tensor(checkpoint.tensors[name]))
         return model
@@ -143,7 +145,10 @@ class Transformer(nn.Module):
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens exceed the context of {self.config.max_seq_len}")
         quantized = self.config.weights != "dense"
-        embed_VD = int8_rows(self.embed.weight) if quantized else self.embed.weight
+        is_bf16 = self.head_format == "bf16"
+        embed_VD: Tensor = self.embed.weight
+        if quantized:
+            embed_VD = bf16_rows(embed_VD) if is_bf16 and self.config.tied_head else int8_rows(embed_VD)
         x_BTD = F.embedding(tokens_BT, embed_VD)
         cos_TH, sin_TH = self.cos[:length], self.sin[:length]
         for block in self.layers:
@@ -153,7 +158,9 @@ class Transformer(nn.Module):
         if not quantized:
             return F.linear(x_BTD, head_VD).float()
         if not self.training:
-            return ordered.head(x_BTD, head_VD)
+            return (ordered.head_bf16 if is_bf16 else ordered.head)(x_BTD, head_VD)
+        if is_bf16:
+            return F.linear(x_BTD, bf16_rows(head_VD)).float()
         return F.linear(int15_activations(x_BTD), int8_rows(head_VD)).float()
 
 
