@@ -439,9 +439,10 @@ std::vector<int> sample(nb::handle logits, nb::handle ids, double temperature, s
   return drawn;
 }
 
-std::vector<std::string> available_isas() {
+template <int (*kList)(const onebit::Kernels**, int) noexcept>
+std::vector<std::string> table_names() {
   const onebit::Kernels* tables[kMaxKernels];
-  const int n = std::min(onebit::available_kernels(tables, kMaxKernels), kMaxKernels);
+  const int n = std::min(kList(tables, kMaxKernels), kMaxKernels);
   std::vector<std::string> names;
   for (int i = 0; i < n; ++i) names.emplace_back(tables[i]->name);
   return names;
@@ -462,8 +463,10 @@ NB_MODULE(_core, m) {
   auto kernels = m.def_submodule("kernels", "Every kernel of every instruction set, for tests.");
   bind_kernels(kernels);
 
-  m.def("available_isas", &available_isas,
+  m.def("available_isas", &table_names<onebit::available_kernels>,
         "Names of the instruction sets that this build and this CPU run, best first.");
+  m.def("broken_isas", &table_names<onebit::broken_kernels>,
+        "Names of the instruction sets that this CPU should run, and whose kernels failed their self-test.");
   m.def("sincos", &sine_cosine, "x"_a,
         "The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24.");
   m.def("sample", &sample, "logits"_a, "ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,

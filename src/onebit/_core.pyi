@@ -11,6 +11,9 @@ kernels: ModuleType
 def available_isas() -> list[str]:
     """Names of the instruction sets that this build and this CPU run, best first."""
 
+def broken_isas() -> list[str]:
+    """Names of the instruction sets that this CPU should run, and whose kernels failed their self-test."""
+
 def sincos(x: float) -> tuple[float, float]:
     """The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24."""
 

@@ -257,6 +257,12 @@ def test_choices_come_from_the_argument_then_the_environment(monkeypatch):
     assert (model.isa, model.threads) == ("scalar", 3)
 
 
+def test_broken_kernels_are_named(monkeypatch):
+    monkeypatch.setattr("onebit._core.broken_isas", lambda: ["avx9"])
+    with pytest.warns(RuntimeWarning, match="avx9 kernels give wrong results"):
+        assert choose_isa() == available_isas()[0]
+
+
 @pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5", "1025", "99999999999999999999"])
 def test_a_bad_number_of_threads_is_refused(monkeypatch, threads):
     monkeypatch.setenv("ONEBIT_THREADS", threads)

@@ -65,9 +65,14 @@ struct Kernels {
                  const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept;
 };
 
-// Tables that this build contains and this CPU runs, best first; `scalar` is always the last. Returns their number.
+// Tables that this build contains and this CPU runs, best first; `scalar` is always the last. Returns their number. A
+// table that does not answer its self-test as `scalar` does, bit for bit, is not among them.
 int available_kernels(const Kernels** tables, int capacity) noexcept;
-// The table of that name, or nullptr when this build or this CPU has none.
+// Tables that this CPU should run, and that failed their self-test. Returns their number.
+int broken_kernels(const Kernels** tables, int capacity) noexcept;
+// The available table of that name, or nullptr.
 const Kernels* find_kernels(const char* name) noexcept;
+// The self-test: whether each table gives the bits of the reference in one small case of every kernel.
+void self_test(const Kernels& reference, const Kernels* const* tables, int n, bool* is_right) noexcept;
 
 }  // namespace onebit

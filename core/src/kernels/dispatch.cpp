@@ -1,4 +1,4 @@
-// Chooses among the kernel tables: one ordered list, the first that this CPU runs wins.
+// Chooses among the kernel tables: one ordered list, the first that this CPU runs, and runs rightly, wins.
 //
 // To add an instruction set: one file, its flags in core/CMakeLists.txt, its declaration in tables.h, one line in
 // kCandidates.
@@ -65,21 +65,52 @@ constexpr Candidate kCandidates[] = {
     {&kScalar, always},
 };
 
+constexpr int kCandidateCount = static_cast<int>(sizeof kCandidates / sizeof *kCandidates);
+
+struct Tables {
+  const Kernels* available[kCandidateCount];
+  const Kernels* broken[kCandidateCount];
+  int n_available = 0;
+  int n_broken = 0;
+
+  Tables() noexcept {
+    const Kernels* supported[kCandidateCount];
+    bool is_right[kCandidateCount];
+    int n = 0;
+    for (const Candidate& candidate : kCandidates) {
+      if (candidate.is_supported()) supported[n++] = candidate.table;
+    }
+    // The last is the reference itself.
+    self_test(kScalar, supported, n - 1, is_right);
+    is_right[n - 1] = true;
+    for (int i = 0; i < n; ++i) (is_right[i] ? available[n_available++] : broken[n_broken++]) = supported[i];
+  }
+};
+
+// Found out once, when first asked for: the CPU does not change.
+const Tables& tables() noexcept {
+  static const Tables found;
+  return found;
+}
+
+int copy(const Kernels* const* from, int n, const Kernels** to, int capacity) noexcept {
+  for (int i = 0; i < n && i < capacity; ++i) to[i] = from[i];
+  return n;
+}
+
 }  // namespace
 
-int available_kernels(const Kernels** tables, int capacity) noexcept {
-  int count = 0;
-  for (const Candidate& candidate : kCandidates) {
-    if (!candidate.is_supported()) continue;
-    if (count < capacity) tables[count] = candidate.table;
-    ++count;
-  }
-  return count;
+int available_kernels(const Kernels** to, int capacity) noexcept {
+  return copy(tables().available, tables().n_available, to, capacity);
+}
+
+int broken_kernels(const Kernels** to, int capacity) noexcept {
+  return copy(tables().broken, tables().n_broken, to, capacity);
 }
 
 const Kernels* find_kernels(const char* name) noexcept {
-  for (const Candidate& candidate : kCandidates) {
-    if (std::strcmp(candidate.table->name, name) == 0) return candidate.is_supported() ? candidate.table : nullptr;
+  for (int i = 0; i < tables().n_available; ++i) {
+    if (std::strcmp(tables().available[i]->name, name) == 0) return tables().available[i];
   }
   return nullptr;
 }

@@ -66,14 +66,16 @@ void dot_tile(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx
               std::int32_t* out) noexcept {
   static constexpr Weights<kEncoding> kWeights;
   constexpr int kRows = tile_rows(kEncoding);
-  for (int i = 0; i < m; ++i) {
-    std::int32_t* sums = out + i * kRows;
-    for (int row = 0; row < kRows; ++row) sums[row] = 0;
-    for (int kk = 0; kk < k; ++kk) {
-      for (int row = 0; row < kRows; ++row) {
-        const int byte = tile[64 * (kk / 4) + 4 * (row % kLanes) + kk % 4];
-        sums[row] += kWeights.of[byte][row / kLanes] * x[i * ldx + kk];
-      }
+  for (int i = 0; i < m * kRows; ++i) out[i] = 0;
+  for (int kk = 0; kk < k; ++kk) {
+    std::int8_t weights[kRows];
+    for (int row = 0; row < kRows; ++row) {
+      const int byte = tile[64 * (kk / 4) + 4 * (row % kLanes) + kk % 4];
+      weights[row] = kWeights.of[byte][row / kLanes];
+    }
+    for (int i = 0; i < m; ++i) {
+      const int value = x[i * ldx + kk];
+      for (int row = 0; row < kRows; ++row) out[i * kRows + row] += weights[row] * value;
     }
   }
 }

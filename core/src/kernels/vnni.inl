@@ -241,7 +241,7 @@ constexpr int kDigitTokens = 12;
 // Inputs whose digits are taken at a time: 80 bytes of stack each.
 constexpr int kDigitInputs = 1024;
 
-void unpack_digits(const std::uint8_t* tile, int k, std::uint8_t* digits) noexcept {
+inline void unpack_digits(const std::uint8_t* tile, int k, std::uint8_t* digits) noexcept {
   for (int unit = 0; unit < k / 4; ++unit, tile += kUnitBytes, digits += T80Digits::kStride) {
     ONEBIT_UNROLL
     for (int half = 0; half < kHalves; ++half) {
@@ -257,8 +257,8 @@ void unpack_digits(const std::uint8_t* tile, int k, std::uint8_t* digits) noexce
   }
 }
 
-void dot_tile_t80(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums, int m,
-                  int k, std::int32_t* out) noexcept {
+inline void dot_tile_t80(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums,
+                         int m, int k, std::int32_t* out) noexcept {
   if (m < kDigitTokens) return dot_tile<T80>(tile, x, ldx, sums, m, k, out);
   alignas(64) std::uint8_t digits[kDigitInputs / 4 * T80Digits::kStride];
   for (int kk = 0; kk < k; kk += kDigitInputs) {

@@ -8,6 +8,7 @@ The only importer of `onebit._core`. Weights are used in place, without a copy. 
 """
 
 import os
+import warnings
 from numbers import Integral
 from pathlib import Path
 
@@ -179,10 +180,19 @@ def available_isas() -> list[str]:
 def choose_isa(isa: str | None = None) -> str:
     """The instruction set asked for: by the argument, else by ONEBIT_ISA, else the best.
 
+    Warns with RuntimeWarning of instruction sets whose kernels gave wrong results when the core tested itself.
+
     Raises:
         ValueError: an instruction set that is unknown or not available here.
     """
     available = available_isas()
+    for broken in _core.broken_isas():
+        warnings.warn(
+            f"the {broken} kernels give wrong results on this machine and are not used; "
+            f"please report your CPU and compiler (running on {available[0]})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     source = "isa"
     if isa is None and (variable := os.environ.get("ONEBIT_ISA")):
         source, isa = "ONEBIT_ISA", variable

@@ -1,0 +1,127 @@
+// One small case of every kernel, to be answered alike by every table: a compiler's or a CPU's mistake shows here, before
+// it reaches a model.
+//
+// The case is odd on purpose: widths that fill no register, more tokens than a block, inputs beyond a whole tile of AMX.
+#include <cstring>
+
+#include "onebit/kernels.h"
+
+namespace onebit {
+namespace {
+
+constexpr int kInputs = 80;
+constexpr int kTokens = 17;
+constexpr int kValues = 37;
+constexpr int kPadded = 48;
+constexpr int kWidth = 24;
+constexpr int kHeads = 3;
+constexpr int kKeys = kBlockTokens + 6;
+
+// Numbers without a pattern, the same everywhere.
+class Random {
+ public:
+  std::uint32_t next() {
+    state_ = state_ * 1664525 + 1013904223;
+    return state_ >> 8;
+  }
+  int between(int low, int high) { return low + static_cast<int>(next() % static_cast<unsigned>(high - low + 1)); }
+  float value() { return static_cast<float>(between(-4000, 4000)) / 1024.0f; }
+
+ private:
+  std::uint32_t state_ = 1;
+};
+
+struct Case {
+  alignas(64) std::uint8_t tile[kInputs / 4 * 64];
+  alignas(64) std::int8_t x[kTokens * kInputs];
+  std::int32_t sums[kTokens];
+  float a[kValues];
+  float b[kValues];
+  float angles[2][kWidth / 2];
+  float q[kHeads * kWidth];
+  std::uint16_t keys[2][kBlockTokens * kWidth];
+  std::uint16_t values[2][kBlockTokens * kWidth];
+
+  Case() {
+    Random random;
+    for (auto& byte : tile) byte = static_cast<std::uint8_t>(random.next());
+    for (auto& code : x) code = static_cast<std::int8_t>(random.between(-127, 127));
+    for (int i = 0; i < kTokens; ++i) {
+      sums[i] = 0;
+      for (int k = 0; k < kInputs; ++k) sums[i] += x[i * kInputs + k];
+    }
+    for (auto& value : a) value = random.value();
+    for (auto& value : b) value = random.value();
+    for (auto& row : angles) {
+      for (auto& value : row) value = random.value();
+    }
+    for (auto& value : q) value = random.value();
+    for (auto& block : keys) {
+      for (auto& value : block) value = static_cast<std::uint16_t>(0x3f00 + random.between(0, 255));
+    }
+    for (auto& block : values) {
+      for (auto& value : block) value = static_cast<std::uint16_t>(0xbf00 + random.between(0, 255));
+    }
+  }
+};
+
+// What a table answers, all its bytes set.
+struct Answers {
+  std::int32_t one[kEncodings][kMaxTileRows];
+  std::int32_t many[kEncodings][kTokens * kMaxTileRows];
+  float scaled[2][2 * kValues];
+  float scaled15[kValues];
+  std::int8_t codes[3][kPadded];
+  std::int8_t codes15[2][kPadded];
+  float scales[4];
+  std::int32_t code_sum;
+  float normed[kValues];
+  float rotated[kHeads * kWidth];
+  float gated[2][kValues];
+  float added[kValues];
+  std::uint16_t halves[kValues];
+  float attended[kHeads * kWidth];
+
+  Answers(const Kernels& table, const Case& given) noexcept {
+    std::memset(static_cast<void*>(this), 0, sizeof *this);
+    const Case& g = given;
+    for (int e = 0; e < kEncodings; ++e) {
+      table.dot_tile[e](g.tile, g.x, kInputs, g.sums, 1, kInputs, one[e]);
+      table.dot_tile[e](g.tile, g.x, kInputs, g.sums, kTokens, kInputs, many[e]);
+    }
+    const std::int32_t* sums = many[0];
+    table.scale_sums(sums, kMaxTileRows, g.a, 1, nullptr, 2, kValues, false, scaled[0], kValues);
+    table.scale_sums(sums, kMaxTileRows, g.b, 0, g.a, 2, kValues, true, scaled[0], kValues);
+    table.scale_sums(sums, kMaxTileRows, g.b, 1, g.a, 2, kValues, false, scaled[1], kValues);
+    table.scale_sums15(sums, sums + kMaxTileRows, g.a, 0.75f, kValues, scaled15);
+    table.quantize_a8(g.a, kValues, kPadded, codes[0], &scales[0]);
+    table.quantize_a4(g.a, kValues, kPadded, codes[1], &scales[1]);
+    table.quantize_a1(g.a, kValues, kPadded, codes[2], &scales[2]);
+    table.quantize_a15(g.a, kValues, kPadded, codes15[0], codes15[1], &scales[3]);
+    code_sum = table.sum_codes(g.x, kInputs);
+    table.rms_norm(g.a, g.b, 1e-5f, kValues, normed);
+    std::memcpy(rotated, g.q, sizeof rotated);
+    table.rope(rotated, g.angles[0], g.angles[1], kHeads, kWidth);
+    table.silu_mul(g.a, g.b, kValues, gated[0]);
+    table.relu2_mul(g.a, g.b, kValues, gated[1]);
+    std::memcpy(added, g.a, sizeof added);
+    table.add(g.b, kValues, added);
+    table.to_bf16(g.a, kValues, halves);
+    const std::uint16_t* const keys[] = {g.keys[0], g.keys[1]};
+    const std::uint16_t* const values[] = {g.values[0], g.values[1]};
+    table.attend(g.q, kHeads, kWidth, 0.25f, keys, values, kKeys, attended);
+  }
+};
+
+}  // namespace
+
+void self_test(const Kernels& reference, const Kernels* const* tables, int n, bool* is_right) noexcept {
+  const Case given;
+  const Answers expected(reference, given);
+  for (int i = 0; i < n; ++i) {
+    const Answers actual(*tables[i], given);
+    is_right[i] = std::memcmp(&actual, &expected, sizeof actual) == 0;
+  }
+}
+
+}  // namespace onebit

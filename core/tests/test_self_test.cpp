@@ -1,0 +1,121 @@
+// The self-test finds any kernel that is wrong, whichever it is. Kind: exact.
+#include <cstring>
+
+#include "check.h"
+#include "onebit/kernels.h"
+
+namespace {
+
+using namespace onebit;
+
+const Kernels& scalar() { return *find_kernels("scalar"); }
+
+// The right answer with one bit of its last value flipped, as a table with one broken entry would give it.
+
+template <int kEncoding>
+void wrong_dot_tile(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums, int m,
+                    int k, std::int32_t* out) noexcept {
+  scalar().dot_tile[kEncoding](tile, x, ldx, sums, m, k, out);
+  // Many tokens go another way through a kernel than one.
+  if (m > 1) out[m * tile_rows(static_cast<Encoding>(kEncoding)) - 1] ^= 1;
+}
+
+template <Kernels::Quantize Kernels::* kKernel>
+void wrong_codes(const float* x, int n, int n_padded, std::int8_t* codes, float* scale) noexcept {
+  (scalar().*kKernel)(x, n, n_padded, codes, scale);
+  codes[n - 1] ^= 1;
+}
+
+std::int32_t wrong_sum_codes(const std::int8_t* codes, int n) noexcept { return scalar().sum_codes(codes, n) + 1; }
+
+void wrong_rms_norm(const float* x, const float* gain, float eps, int n, float* y) noexcept {
+  scalar().rms_norm(x, gain, eps * 2, n, y);
+  y[n - 1] *= 1.0000002f;
+}
+
+template <void (*Kernels::*kKernel)(const float*, const float*, int, float*) noexcept>
+void wrong_gate(const float* gate, const float* up, int n, float* y) noexcept {
+  (scalar().*kKernel)(gate, up, n, y);
+  y[n - 1] = -y[n - 1] + 1.0f;
+}
+
+void wrong_add(const float* y, int n, float* x) noexcept { scalar().add(y, n - 1, x); }
+
+void wrong_to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
+  scalar().to_bf16(x, n, y);
+  y[n - 1] ^= 1;
+}
+
+void wrong_rope(float* x, const float* cos, const float* sin, int n_heads, int d_head) noexcept {
+  scalar().rope(x, cos, sin, n_heads - 1, d_head);
+}
+
+void wrong_attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
+                  const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
+  scalar().attend(q, heads, d, inv_sqrt_d, k_blocks, v_blocks, n_keys - 1, out);
+}
+
+void wrong_scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
+                      const float*, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept {
+  scalar().scale_sums(acc, ld_acc, w_scale, stride, nullptr, m, n, accumulate, y, ldy);
+}
+
+void wrong_scale_sums15(const std::int32_t* hi, const std::int32_t*, const float* w_scale, float x_scale, int n,
+                        float* y) noexcept {
+  scalar().scale_sums15(hi, hi, w_scale, x_scale, n, y);
+}
+
+void wrong_quantize_a15(const float* x, int n, int n_padded, std::int8_t* hi, std::int8_t* lo, float* scale) noexcept {
+  scalar().quantize_a15(x, n, n_padded, hi, lo, scale);
+  lo[n - 1] ^= 1;
+}
+
+bool passes(const Kernels& table) {
+  const Kernels* tables[] = {&table};
+  bool is_right;
+  self_test(scalar(), tables, 1, &is_right);
+  return is_right;
+}
+
+template <typename Entry>
+void check_found(Entry Kernels::* entry, Entry wrong) {
+  Kernels table = scalar();
+  table.*entry = wrong;
+  CHECK(!passes(table));
+}
+
+template <int kEncoding = 0>
+void check_dot_tiles() {
+  if constexpr (kEncoding < kEncodings) {
+    Kernels table = scalar();
+    table.dot_tile[kEncoding] = wrong_dot_tile<kEncoding>;
+    CHECK(!passes(table));
+    check_dot_tiles<kEncoding + 1>();
+  }
+}
+
+}  // namespace
+
+void test_self_test() {
+  const Kernels* tables[16];
+  const int n = available_kernels(tables, 16);
+  CHECK(n >= 1 && std::strcmp(tables[n - 1]->name, "scalar") == 0);
+  for (int i = 0; i < n; ++i) CHECK(passes(*tables[i]));
+  CHECK(broken_kernels(tables, 16) == 0);
+
+  check_dot_tiles();
+  check_found(&Kernels::scale_sums, wrong_scale_sums);
+  check_found(&Kernels::scale_sums15, wrong_scale_sums15);
+  check_found(&Kernels::quantize_a8, wrong_codes<&Kernels::quantize_a8>);
+  check_found(&Kernels::quantize_a4, wrong_codes<&Kernels::quantize_a4>);
+  check_found(&Kernels::quantize_a1, wrong_codes<&Kernels::quantize_a1>);
+  check_found(&Kernels::quantize_a15, wrong_quantize_a15);
+  check_found(&Kernels::sum_codes, wrong_sum_codes);
+  check_found(&Kernels::rms_norm, wrong_rms_norm);
+  check_found(&Kernels::rope, wrong_rope);
+  check_found(&Kernels::silu_mul, wrong_gate<&Kernels::silu_mul>);
+  check_found(&Kernels::relu2_mul, wrong_gate<&Kernels::relu2_mul>);
+  check_found(&Kernels::add, wrong_add);
+  check_found(&Kernels::to_bf16, wrong_to_bf16);
+  check_found(&Kernels::attend, wrong_attend);
+}
