@@ -155,8 +155,8 @@ void Head::quantize(ThreadPool& pool, int n_rows) {
 Head::Bound Head::bound(int row) const {
   const int d = weights_.q8.k;
   const float* x = h_RD_.get() + static_cast<std::size_t>(row) * d;
-  const std::int8_t* hi = codes_.planes[0].codes.get() + static_cast<std::size_t>(row) * codes_.ld;
-  const std::int8_t* lo = codes_.planes[1].codes.get() + static_cast<std::size_t>(row) * codes_.ld;
+  const std::int8_t* hi = codes_.row_codes(0, row);
+  const std::int8_t* lo = codes_.row_codes(1, row);
   const double scale = codes_.scale.get()[row];
   double squares = 0.0, error_squares = 0.0;
   for (int i = 0; i < d; ++i) {

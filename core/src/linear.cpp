@@ -25,17 +25,19 @@ int n_tiles(const PackedMatrix& matrix) {
   return (matrix.n + rows - 1) / rows;
 }
 
-// Exact sums [m, tile_rows] of one tile over one scale group, for rows [row, row + m). part: room for as many.
+// Exact sums [m, tile_rows] of one tile over one scale group, for rows [row, row + m) of one plane, or of both where m
+// reaches beyond the first. part: room for as many.
 void dot_group(const Kernels& kernels, const PackedMatrix& matrix, int tile, int group, const QuantizedRows& x,
                int plane, int row, int m, std::int32_t* sums, std::int32_t* part) {
   const std::size_t ld = x.ld;
   const std::uint8_t* units = matrix.data + tile * (ld / kUnitInputs) * kUnitBytes;
-  const std::int8_t* codes = x.planes[plane].codes.get() + row * ld;
+  const std::int8_t* codes = x.row_codes(plane, row);
   const auto dot_tile = kernels.dot_tile[static_cast<int>(matrix.encoding)];
   for (int i = 0; i < x.chunks.per_group; ++i) {
     const int chunk = group * x.chunks.per_group + i;
     const std::size_t begin = x.chunks.begin(chunk);
-    const std::int32_t* code_sums = x.planes[plane].sums.get() + static_cast<std::size_t>(chunk) * x.n_rows + row;
+    const std::int32_t* code_sums =
+        x.sums.get() + (static_cast<std::size_t>(chunk) * x.n_planes + plane) * x.n_rows + row;
     dot_tile(units + begin / kUnitInputs * kUnitBytes, codes + begin, x.ld, code_sums, m, x.chunks.length(chunk),
              i == 0 ? sums : part);
     if (i > 0) {
@@ -66,15 +68,20 @@ void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, c
 }
 
 void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x,
-                   std::int32_t* hi, std::int32_t* lo, std::int32_t* part, float* logits) {
+                   std::int32_t* hi, std::int32_t* part, float* logits) {
   const int rows = tile_rows(matrix.encoding);
   const int first = tile * rows;
   const int n = std::min(rows, matrix.n - first);
   const int step = pass_rows(x);
   for (int row = 0; row < x.n_rows; row += step) {
     const int m = std::min(step, x.n_rows - row);
-    dot_group(kernels, matrix, tile, 0, x, 0, row, m, hi, part);
-    dot_group(kernels, matrix, tile, 0, x, 1, row, m, lo, part);
+    std::int32_t* lo = hi + m * rows;
+    if (m == x.n_rows) {
+      dot_group(kernels, matrix, tile, 0, x, 0, 0, 2 * m, hi, part);
+    } else {
+      dot_group(kernels, matrix, tile, 0, x, 0, row, m, hi, part);
+      dot_group(kernels, matrix, tile, 0, x, 1, row, m, lo, part);
+    }
     for (int i = 0; i < m; ++i) {
       kernels.scale_sums15(hi + i * rows, lo + i * rows, matrix.scale + first, x.scale.get()[row + i], n,
                            logits + static_cast<std::size_t>(row + i) * matrix.n + first);
@@ -91,35 +98,32 @@ Chunks Chunks::of(const PackedMatrix& matrix) {
 
 int Chunks::length(int chunk) const { return std::min(kMaxDotInputs, group - chunk % per_group * kMaxDotInputs); }
 
-void QuantizedRows::resize(const PackedMatrix& matrix, int rows, int n_planes) {
+void QuantizedRows::resize(const PackedMatrix& matrix, int rows, int planes) {
   n_rows = rows;
+  n_planes = planes;
   k = matrix.k;
   ld = pad_inputs(k);
   chunks = Chunks::of(matrix);
-  for (int i = 0; i < n_planes; ++i) {
-    planes[i].codes.reserve(static_cast<std::size_t>(rows) * ld);
-    planes[i].sums.reserve(static_cast<std::size_t>(rows) * chunks.count());
-  }
+  codes.reserve(static_cast<std::size_t>(rows) * planes * ld);
+  sums.reserve(static_cast<std::size_t>(rows) * planes * chunks.count());
   scale.reserve(rows);
 }
 
 void QuantizedRows::write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row) {
-  quantize(x, k, ld, planes[0].codes.get() + static_cast<std::size_t>(row) * ld, scale.get() + row);
-  write_sums(kernels, planes[0], row);
+  quantize(x, k, ld, row_codes(0, row), scale.get() + row);
+  write_sums(kernels, 0, row);
 }
 
 void QuantizedRows::write15(const Kernels& kernels, const float* x, int row) {
-  const std::size_t offset = static_cast<std::size_t>(row) * ld;
-  kernels.quantize_a15(x, k, ld, planes[0].codes.get() + offset, planes[1].codes.get() + offset, scale.get() + row);
-  write_sums(kernels, planes[0], row);
-  write_sums(kernels, planes[1], row);
+  kernels.quantize_a15(x, k, ld, row_codes(0, row), row_codes(1, row), scale.get() + row);
+  write_sums(kernels, 0, row);
+  write_sums(kernels, 1, row);
 }
 
-void QuantizedRows::write_sums(const Kernels& kernels, Plane& plane, int row) {
-  const std::int8_t* codes = plane.codes.get() + static_cast<std::size_t>(row) * ld;
+void QuantizedRows::write_sums(const Kernels& kernels, int plane, int row) {
   for (int chunk = 0; chunk < chunks.count(); ++chunk) {
-    plane.sums.get()[static_cast<std::size_t>(chunk) * n_rows + row] =
-        kernels.sum_codes(codes + chunks.begin(chunk), chunks.length(chunk));
+    sums.get()[(static_cast<std::size_t>(chunk) * n_planes + plane) * n_rows + row] =
+        kernels.sum_codes(row_codes(plane, row) + chunks.begin(chunk), chunks.length(chunk));
   }
 }
 
@@ -147,7 +151,7 @@ void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matr
   x.acc.reserve(static_cast<std::size_t>(pool.size()) * QuantizedRows::kSumTiles * pass_rows(x) * kMaxTileRows);
   pool.run(n_tiles(matrix), [&](int share, int begin, int end) {
     for (int tile = begin; tile < end; ++tile) {
-      linear15_tile(kernels, matrix, tile, x, x.tile_sums(share, 0), x.tile_sums(share, 1), x.tile_sums(share, 2), y);
+      linear15_tile(kernels, matrix, tile, x, x.tile_sums(share, 0), x.tile_sums(share, 2), y);
     }
   });
 }

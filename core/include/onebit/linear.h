@@ -27,22 +27,24 @@ struct Chunks {
   int length(int chunk) const;
 };
 
-// Codes of T rows with their multipliers. 15-bit codes have two planes, hi and lo.
+// Codes of T rows with their multipliers. 15-bit codes have two planes, hi and lo: first all rows of the one, then all of
+// the other, so that both can be multiplied in one pass over a tile.
 struct QuantizedRows {
-  struct Plane {
-    Buffer<std::int8_t> codes;  // [T, ld], zeros beyond K
-    Buffer<std::int32_t> sums;  // [chunks, T]: the sum of each chunk of codes
-  };
-
   int n_rows = 0;
+  int n_planes = 1;
   int k = 0;
   int ld = 0;
   Chunks chunks;
-  Plane planes[2];
-  Buffer<float> scale;  // [T]
+  Buffer<std::int8_t> codes;  // [planes, T, ld], zeros beyond K
+  Buffer<std::int32_t> sums;  // [chunks, planes, T]: the sum of each chunk of codes
+  Buffer<float> scale;        // [T]
+
+  std::int8_t* row_codes(int plane, int row) const {
+    return codes.get() + (static_cast<std::size_t>(plane) * n_rows + row) * ld;
+  }
 
   // Room for the exact sums of tiles, per share of a region.
-  static constexpr int kSumTiles = 3;
+  static constexpr int kSumTiles = 4;
   Buffer<std::int32_t> acc;
   std::int32_t* tile_sums(int share, int i) const;
 
@@ -52,7 +54,7 @@ struct QuantizedRows {
   void write15(const Kernels& kernels, const float* x, int row);
 
  private:
-  void write_sums(const Kernels& kernels, Plane& plane, int row);
+  void write_sums(const Kernels& kernels, int plane, int row);
 };
 
 struct LinearOutput {

@@ -174,7 +174,7 @@ void dot_tokens(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t l
 
     const std::uint8_t* unit = tile + half * kVectorBytes;
     for (int kk = 0; kk < k; kk += 4, unit += Layout::kStride) {
-      if constexpr (kM == 1) __builtin_prefetch(unit + kPrefetchBytes, 0, 2);
+      if constexpr (kM <= 2) __builtin_prefetch(unit + kPrefetchBytes, 0, 2);
       ONEBIT_UNROLL
       for (int h = 0; h < kTogether; ++h) {
         Bytes plane[Layout::kPlanes];
