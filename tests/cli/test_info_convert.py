@@ -10,6 +10,7 @@ import pytest
 import tiny
 from onebit import formats
 from onebit.checkpoint import parts, quantize, token_bytes
+from onebit.cli import main
 from onebit.engine.model import available_isas
 
 
@@ -45,6 +46,7 @@ def test_info_shows_machine_and_model(folder):
     assert (code, err) == (0, "")
     shown = rows(out)
     assert shown["kernels present"] == [", ".join(available_isas())]
+    assert shown["self-test"] == ["passed by all"]
     assert shown["kernels chosen"] == ["scalar"]
     assert shown["threads"] == ["2"]
     assert shown["label"] == ["W1.58A8KV16"]
@@ -60,6 +62,14 @@ def test_info_shows_machine_and_model(folder):
     assert shown["outlook"] == ["fits into memory with its whole context"]
     shares = [float(share.split(": ")[1].rstrip("%")) for share in shown["codes"][0].split(", ")]
     assert len(shares) == 3 and abs(sum(shares) - 100) < 0.2
+
+
+def test_info_names_kernels_that_failed_their_self_test(monkeypatch, capsys):
+    monkeypatch.setattr("onebit.engine.model.broken_isas", lambda: ["amx", "avx2"])
+    monkeypatch.setattr("sys.argv", ["onebit", "info"])
+    with pytest.raises(SystemExit):
+        main()
+    assert rows(capsys.readouterr().out)["self-test"] == ["failed, and not used: amx, avx2"]
 
 
 def test_info_sums_up_the_provenance(tmp_path):

@@ -70,10 +70,12 @@ def parts_table(checkpoint: "Checkpoint") -> "Table":
 
 
 def _machine_table() -> "Table":
-    from onebit.engine.model import available_isas, choose_isa, choose_threads
+    from onebit.engine.model import available_isas, broken_isas, choose_isa, choose_threads
 
     table = _table("machine", "")
     table.add_row("kernels present", ", ".join(available_isas()))
+    broken = broken_isas()
+    table.add_row("self-test", f"failed, and not used: {', '.join(broken)}" if broken else "passed by all")
     table.add_row("kernels chosen", choose_isa())
     table.add_row("threads", str(choose_threads()))
     return table

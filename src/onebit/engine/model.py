@@ -177,6 +177,11 @@ def available_isas() -> list[str]:
     return _core.available_isas()
 
 
+def broken_isas() -> list[str]:
+    """Instruction sets that this CPU should run, but whose kernels gave wrong results when the core tested itself."""
+    return _core.broken_isas()
+
+
 def choose_isa(isa: str | None = None) -> str:
     """The instruction set asked for: by the argument, else by ONEBIT_ISA, else the best.
 
@@ -186,7 +191,7 @@ def choose_isa(isa: str | None = None) -> str:
         ValueError: an instruction set that is unknown or not available here.
     """
     available = available_isas()
-    for broken in _core.broken_isas():
+    for broken in broken_isas():
         warnings.warn(
             f"the {broken} kernels give wrong results on this machine and are not used; "
             f"please report your CPU and compiler (running on {available[0]})",
