@@ -89,7 +89,53 @@ void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile,
   }
 }
 
+// ---- T80 to R64 ----
+
+constexpr int kGroupRows = 16;
+constexpr int kGroupsT80 = tile_rows(Encoding::kT80) / kGroupRows;
+constexpr int kGroupsR64 = tile_rows(Encoding::kR64) / kGroupRows;
+
+// Puts digit kDigit of the T80 bytes of a unit into field `field` of its R64 bytes.
+template <int kDigit>
+void copy_digit(const std::uint8_t* t80, int field, std::uint8_t* r64) {
+  for (int i = 0; i < kUnitBytes; ++i) {
+    std::uint8_t x = t80[i];
+    for (int j = 0; j < kDigit; ++j) x = static_cast<std::uint8_t>(x + x + x);
+    // 3 x / 256.
+    const int digit = (x > 85) + (x > 170);
+    r64[i] = static_cast<std::uint8_t>(r64[i] | digit << 2 * field);
+  }
+}
+
+constexpr void (*kCopyDigit[kGroupsT80])(const std::uint8_t*, int, std::uint8_t*) = {
+    copy_digit<0>, copy_digit<1>, copy_digit<2>, copy_digit<3>, copy_digit<4>};
+
 }  // namespace
+
+PackedMatrix to_r64(ThreadPool& pool, const PackedMatrix& t80, Buffer<std::uint8_t>& data) {
+  PackedMatrix r64 = t80;
+  r64.encoding = Encoding::kR64;
+  const std::size_t tile_bytes = static_cast<std::size_t>(pad_inputs(t80.k)) / kUnitInputs * kUnitBytes;
+  const int n_groups = n_tiles(t80) * kGroupsT80;
+  data.reserve(n_tiles(r64) * tile_bytes);
+  pool.run(n_tiles(r64), [&](int, int begin, int end) {
+    for (int tile = begin; tile < end; ++tile) {
+      std::uint8_t* to = data.get() + tile * tile_bytes;
+      for (std::size_t at = 0; at < tile_bytes; at += kUnitBytes) {
+        std::fill_n(to + at, kUnitBytes, std::uint8_t{0});
+        for (int field = 0; field < kGroupsR64; ++field) {
+          const int group = tile * kGroupsR64 + field;
+          // Rows beyond the last T80 tile are never looked at, and stay zeros.
+          if (group >= n_groups) break;
+          const std::uint8_t* from = t80.data + group / kGroupsT80 * tile_bytes + at;
+          kCopyDigit[group % kGroupsT80](from, field, to + at);
+        }
+      }
+    }
+  });
+  r64.data = data.get();
+  return r64;
+}
 
 Chunks Chunks::of(const PackedMatrix& matrix) {
   const int group = matrix.group ? matrix.group : pad_inputs(matrix.k);

@@ -72,7 +72,14 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& ker
       inv_sqrt_d_head_(1.0f / std::sqrt(static_cast<float>(config.d_head))),
       pool_(n_threads),
       head_(weights_.head, kernels, pool_),
-      workspace_(std::make_unique<Workspace>()) {}
+      workspace_(std::make_unique<Workspace>()) {
+  if (!kernels.prefers_r64) return;
+  for (LayerWeights& layer : weights_.layers) {
+    for (PackedMatrix* matrix : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+      if (matrix->encoding == Encoding::kT80) *matrix = to_r64(pool_, *matrix, repacked_.emplace_back());
+    }
+  }
+}
 
 Model::~Model() = default;
 

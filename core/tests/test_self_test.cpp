@@ -46,6 +46,10 @@ void wrong_to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
   y[n - 1] ^= 1;
 }
 
+void wrong_dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
+  scalar().dot_bf16(w, ldw, x, n, k - 1, y);
+}
+
 void wrong_rope(float* x, const float* cos, const float* sin, int n_heads, int d_head) noexcept {
   scalar().rope(x, cos, sin, n_heads - 1, d_head);
 }
@@ -117,5 +121,6 @@ void test_self_test() {
   check_found(&Kernels::relu2_mul, wrong_gate<&Kernels::relu2_mul>);
   check_found(&Kernels::add, wrong_add);
   check_found(&Kernels::to_bf16, wrong_to_bf16);
+  check_found(&Kernels::dot_bf16, wrong_dot_bf16);
   check_found(&Kernels::attend, wrong_attend);
 }

@@ -11,6 +11,8 @@ namespace onebit {
 
 struct Kernels {
   const char* name;
+  // Digits of T80 are slow to take here: a model in T80 is turned into R64 when it is made.
+  bool prefers_r64 = false;
 
   // Exact sums of one tile, for m rows of activations:
   //   out[i * tile_rows + row] = sum over k of w[row, k] * x[i * ldx + k]

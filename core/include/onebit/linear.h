@@ -57,6 +57,9 @@ struct QuantizedRows {
   void write_sums(const Kernels& kernels, int plane, int row);
 };
 
+// A T80 matrix as R64, in data: the same weights and scales, a quarter larger.
+PackedMatrix to_r64(ThreadPool& pool, const PackedMatrix& t80, Buffer<std::uint8_t>& data);
+
 struct LinearOutput {
   const PackedMatrix* matrix;
   float* y;  // [T, N]

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "onebit/buffer.h"
 #include "onebit/head.h"
 #include "onebit/kernels.h"
 #include "onebit/kv_cache.h"
@@ -96,6 +97,7 @@ class Model {
 
   ModelConfig config_;
   ModelWeights weights_;
+  std::vector<Buffer<std::uint8_t>> repacked_;  // weights that these kernels want in another layout
   const Kernels& kernels_;
   Kernels::Quantize quantize_;
   float inv_sqrt_d_head_;

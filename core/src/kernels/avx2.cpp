@@ -21,7 +21,7 @@
 //   Q8       int16(x)                      sum of int16 products - 128 S                    12 for 64
 //
 // T80 needs its digits one by one here: 3 x_i - x_{i+1} works on whole bytes, whose products overflow int16. A machine
-// with nothing better should unpack T80 to R64 once, where memory allows.
+// with nothing better reads R64, which a model in T80 is turned into (prefers_r64).
 #include <immintrin.h>
 
 #include "tables.h"
@@ -227,6 +227,7 @@ void dot_tile_q8(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t 
 
 const Kernels kAvx2 = {
     .name = "avx2",
+    .prefers_r64 = true,
     .dot_tile = {dot_tile<T80>, dot_tile<R64>, dot_tile<B128>, dot_tile_q8, dot_tile<Q4>},
     ONEBIT_LANE_KERNELS,
 };

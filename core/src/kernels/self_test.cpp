@@ -80,6 +80,7 @@ struct Answers {
   float gated[2][kValues];
   float added[kValues];
   std::uint16_t halves[kValues];
+  float dots[3];
   float attended[kHeads * kWidth];
 
   Answers(const Kernels& table, const Case& given) noexcept {
@@ -107,6 +108,7 @@ struct Answers {
     std::memcpy(added, g.a, sizeof added);
     table.add(g.b, kValues, added);
     table.to_bf16(g.a, kValues, halves);
+    table.dot_bf16(g.keys[0], kValues + 3, g.a, 3, kValues, dots);
     const std::uint16_t* const keys[] = {g.keys[0], g.keys[1]};
     const std::uint16_t* const values[] = {g.values[0], g.values[1]};
     table.attend(g.q, kHeads, kWidth, 0.25f, keys, values, kKeys, attended);
