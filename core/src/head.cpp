@@ -262,16 +262,20 @@ void Head::keep_candidates(int block, int n_rows, float* logits) const {
   for (int r = 0; r < n_rows; ++r) {
     const Bound& bound = bounds_R_.get()[r];
     float* y = logits + r * n + first;
-    bool is_wanted[kBlock] = {};
+    // The most that a logit can be; NaN is not below.
+    const auto may_be_best = [&](int j) {
+      return !(y[j] + (bound.errors * errors[j] + bound.norms * norms[j] + bound.rest) < bound.threshold);
+    };
     int n_wanted = 0;
-    for (int j = 0; j < count; ++j) {
-      const float most = y[j] + (bound.errors * errors[j] + bound.norms * norms[j] + bound.rest);
-      // NaN is not below.
-      is_wanted[j] = !(most < bound.threshold);
-      n_wanted += is_wanted[j];
+    for (int j = 0; j < count; ++j) n_wanted += may_be_best(j);
+    if (n_wanted == 0) {
+      std::fill_n(y, count, -kInfinity);
+      continue;
     }
+    bool is_wanted[kBlock] = {};
+    for (int j = 0; j < count; ++j) is_wanted[j] = may_be_best(j);
     float scores[kBlock];
-    if (n_wanted > 0) score_block(block, r, is_wanted, scores);
+    score_block(block, r, is_wanted, scores);
     for (int j = 0; j < count; ++j) y[j] = is_wanted[j] ? scores[j] : -kInfinity;
   }
 }
