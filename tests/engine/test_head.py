@@ -156,6 +156,25 @@ def test_the_bound_alone_decides(monkeypatch):
     assert_keeps_the_best(full, short, 1)
 
 
+def test_the_bound_holds_what_15_bits_and_float_sums_lose():
+    """Rows of whole numbers are exact in 8 bits, and an input below its 15-bit step ranks them by what is rounded."""
+    rng = np.random.default_rng(6)
+    values = np.concatenate([[127], rng.integers(0, 128, D // 2 - 1)])
+    # All approximations are 0: every row has the same sum, of no weight.
+    values = np.concatenate([values, -values])
+    master = tiny.master(config(tied_head=False))
+    tensors = {name: np.zeros_like(t) if "sub_norm" in name else t for name, t in master.tensors.items()}
+    tensors["head.weight"] = np.stack([rng.permutation(values) for _ in range(V)]).astype(np.float32)
+    tensors["embed.weight"] = np.ones((V, D), np.float32)
+    tensors["norm.weight"] = (1 + 1e-5 * rng.random(D)).astype(np.float32)
+    packed = quantize(replace(master, tensors=tensors, tokenizer=None), head="bf16")
+    assert packed.tensors[SHORTLIST_BOUNDS][0].max() < 1e-40
+    model = Model(packed, threads=2)
+    full, short = logits(model, [0]), logits(model, [0], 1)
+    assert full.argmax() != 0 and np.ptp(full) > 0
+    assert_keeps_the_best(full, short, 1)
+
+
 def test_the_shortlist_is_short():
     _, model = model_of(gaussian(), threads=2)
     tokens = list(range(30))
