@@ -48,6 +48,13 @@ ONEBIT_INLINE BitsVector dot4(BitsVector sum, BitsVector w, BitsVector x) {
 }
 
 // The mask has a name: under -fsanitize=undefined g++ takes the cast for an int, and refuses to narrow it.
+// By way of a variable, which GCC keeps in a register.
+ONEBIT_INLINE Bytes load_bytes(const std::uint8_t* p) {
+  Bytes x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
 ONEBIT_INLINE Bytes below(Bytes x, int bits) {
   const std::uint8_t mask = (1 << bits) - 1;
   return x & mask;
@@ -67,7 +74,7 @@ struct T80 {
   static constexpr int kStride = kUnitBytes;
 
   static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) {
-    __builtin_memcpy(&plane[0], p, sizeof plane[0]);
+    plane[0] = load_bytes(p);
     ONEBIT_UNROLL
     for (int i = 1; i < kPlanes; ++i) plane[i] = plane[i - 1] + plane[i - 1] + plane[i - 1];
   }
@@ -86,7 +93,7 @@ struct T80Digits {
 
   static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) {
     ONEBIT_UNROLL
-    for (int i = 0; i < kPlanes; ++i) __builtin_memcpy(&plane[i], p + i * kUnitBytes, sizeof plane[i]);
+    for (int i = 0; i < kPlanes; ++i) plane[i] = load_bytes(p + i * kUnitBytes);
   }
 
   static ONEBIT_INLINE BitsVector row(const BitsVector* d, int j, BitsVector s) { return d[j] - s; }
@@ -99,7 +106,7 @@ struct R64 {
   static constexpr int kStride = kUnitBytes;
 
   static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) {
-    __builtin_memcpy(&plane[3], p, sizeof plane[3]);
+    plane[3] = load_bytes(p);
     ONEBIT_UNROLL
     for (int j = 0; j < 3; ++j) plane[j] = below(plane[3], 2 * j + 2);
   }
@@ -116,7 +123,7 @@ struct B128 {
   static constexpr int kStride = kUnitBytes;
 
   static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) {
-    __builtin_memcpy(&plane[7], p, sizeof plane[7]);
+    plane[7] = load_bytes(p);
     ONEBIT_UNROLL
     for (int j = 0; j < 7; ++j) plane[j] = below(plane[7], j + 1);
   }
@@ -133,7 +140,7 @@ struct Q8 {
   static constexpr int kOffset = 128;
   static constexpr int kStride = kUnitBytes;
 
-  static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) { __builtin_memcpy(plane, p, sizeof *plane); }
+  static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) { plane[0] = load_bytes(p); }
 
   static ONEBIT_INLINE BitsVector row(const BitsVector* d, int, BitsVector s) { return d[0] - s; }
 };
@@ -145,7 +152,7 @@ struct Q4 {
   static constexpr int kStride = kUnitBytes;
 
   static ONEBIT_INLINE void split(const std::uint8_t* p, Bytes* plane) {
-    __builtin_memcpy(&plane[1], p, sizeof plane[1]);
+    plane[1] = load_bytes(p);
     plane[0] = below(plane[1], 4);
   }
 
