@@ -11,7 +11,7 @@ constexpr int kUnitBytes = 64;
 
 // Rows of activations per pass over a tile: the tile comes from memory and is unpacked once per pass, while the rows
 // stay in a cache of about this size. A multiple of the rows that kernels take at a time: 32, 6, 4, 3.
-constexpr int kPassBytes = 1 << 20;
+constexpr int kPassBytes = 2 << 20;
 constexpr int kRowStep = 96;
 constexpr int kMaxPassRows = 4 * kRowStep;
 
