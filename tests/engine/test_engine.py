@@ -185,7 +185,9 @@ def test_a_step_that_fails_ends_its_texts_and_frees_their_blocks():
 
 
 class Eager(Speculation):
-    """Drafts whatever there is to guess, so that tests see drafts in every step."""
+    """Drafts whatever there is to guess, so that tests see drafts in every step, however fast steps are."""
+
+    pause = 1
 
     def draft(self, texts, n_rows):
         return [lookup.guesses(min(most, 9)) for lookup, most in texts]
