@@ -112,7 +112,7 @@ class FakeModel:
         self.block_tokens = block_tokens
         self.n_tokens: list[int] = []
 
-    def new_cache(self, n_blocks: int) -> SimpleNamespace:
+    def new_cache(self, n_blocks: int, kv_cache: str) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
 
     def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k=None) -> np.ndarray:

@@ -144,9 +144,28 @@ void add(const std::string& isa, Array<const float, 1> y, Array<float, 1> x) {
   kernels_of(isa).add(y.data(), length(y.size()), x.data());
 }
 
-void to_bf16(const std::string& isa, Array<const float, 1> x, Array<std::uint16_t, 1> y) {
+// Which of the float formats, "bf16" or "fp8". Blocks and outputs are its numbers, uint16 or uint8.
+int float_format(const std::string& name) {
+  for (int i = 0; i < kFloatFormats; ++i) {
+    if (name == kKvFormatNames[i]) return i;
+  }
+  throw nb::value_error(("format '" + name + "': expected bf16 or fp8").c_str());
+}
+
+template <int kDims>
+using Numbers = nb::ndarray<nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+void require_numbers(const char* name, int format, nb::dlpack::dtype dtype) {
+  const bool is_bf16 = format == static_cast<int>(KvFormat::kBf16);
+  require(dtype == (is_bf16 ? nb::dtype<std::uint16_t>() : nb::dtype<std::uint8_t>()),
+          std::string(name) + ": expected uint16 for bf16, uint8 for fp8");
+}
+
+void to_cache(const std::string& isa, const std::string& format, Array<const float, 1> x, Numbers<1> y) {
+  const int kind = float_format(format);
+  require_numbers("y", kind, y.dtype());
   require_length("y", y.size(), x.size());
-  kernels_of(isa).to_bf16(x.data(), length(x.size()), y.data());
+  kernels_of(isa).to_cache[kind](x.data(), length(x.size()), y.data());
 }
 
 void dot_bf16(const std::string& isa, Array<const std::uint16_t, 2> w, Array<const float, 1> x, Array<float, 1> y) {
@@ -157,25 +176,62 @@ void dot_bf16(const std::string& isa, Array<const std::uint16_t, 2> w, Array<con
                            static_cast<int>(w.shape(1)), y.data());
 }
 
-void attend(const std::string& isa, Array<const float, 2> q, float inv_sqrt_d,
-            const std::vector<Array<const std::uint16_t, 2>>& k_blocks,
-            const std::vector<Array<const std::uint16_t, 2>>& v_blocks, int n_keys, Array<float, 2> out) {
+void attend(const std::string& isa, const std::string& format, Array<const float, 2> q, float inv_sqrt_d,
+            const std::vector<Numbers<2>>& k_blocks, const std::vector<Numbers<2>>& v_blocks, int n_keys,
+            Array<float, 1> m, Array<float, 1> l, Array<float, 2> o) {
+  const int kind = float_format(format);
   length(q.size());
   const std::size_t d = q.shape(1);
-  require(out.shape(0) == q.shape(0) && out.shape(1) == d, "out: expected the shape of q");
+  require(o.shape(0) == q.shape(0) && o.shape(1) == d, "o: expected the shape of q");
+  require_length("m", m.size(), q.shape(0));
+  require_length("l", l.size(), q.shape(0));
   const std::size_t n_blocks = k_blocks.size();
-  require(n_keys >= 1 && n_blocks < (std::size_t{1} << 20) && n_blocks == v_blocks.size() &&
+  require(n_keys >= 1 && n_blocks <= kSplitBlocks && n_blocks == v_blocks.size() &&
               static_cast<std::size_t>(n_keys) <= n_blocks * kBlockTokens,
-          "n_keys: expected 1 to 64 per block, and as many blocks of values as of keys");
-  std::vector<const std::uint16_t*> k, v;
+          "n_keys: expected 1 to 64 per block, at most 8 blocks, and as many of values as of keys");
+  std::vector<const void*> k, v;
   for (std::size_t b = 0; b < n_blocks; ++b) {
+    require_numbers("k block", kind, k_blocks[b].dtype());
+    require_numbers("v block", kind, v_blocks[b].dtype());
     require(k_blocks[b].shape(0) == kBlockTokens && k_blocks[b].shape(1) == d, "k block: expected [64, d]");
     require(v_blocks[b].shape(0) == kBlockTokens && v_blocks[b].shape(1) == d, "v block: expected [64, d]");
     k.push_back(k_blocks[b].data());
     v.push_back(v_blocks[b].data());
   }
-  kernels_of(isa).attend(q.data(), static_cast<int>(q.shape(0)), static_cast<int>(d), inv_sqrt_d, k.data(), v.data(),
-                         n_keys, out.data());
+  kernels_of(isa).attend[kind](q.data(), static_cast<int>(q.shape(0)), static_cast<int>(d), inv_sqrt_d, k.data(),
+                               v.data(), n_keys, m.data(), l.data(), o.data());
+}
+
+void merge_splits(const std::string& isa, Array<const float, 1> m_b, Array<const float, 1> l_b,
+                  Array<const float, 2> o_b, Array<float, 1> m, Array<float, 1> l, Array<float, 2> o) {
+  length(o.size());
+  require(o_b.shape(0) == o.shape(0) && o_b.shape(1) == o.shape(1), "o_b: expected the shape of o");
+  for (const std::size_t n : {m_b.size(), l_b.size(), m.size(), l.size()}) require_length("m or l", n, o.shape(0));
+  kernels_of(isa).merge_splits(static_cast<int>(o.shape(0)), static_cast<int>(o.shape(1)), m_b.data(), l_b.data(),
+                               o_b.data(), m.data(), l.data(), o.data());
+}
+
+// Returns both sums, scale, keep, take, m and l.
+nb::tuple weigh_int8(const std::string& isa, Array<const std::int32_t, 2> hi, Array<const std::int32_t, 2> lo,
+                     Array<const float, 1> k_scale, Array<const float, 1> v_scale, float q_scale, int n,
+                     Array<std::int8_t, 1> w_hi, Array<std::int8_t, 1> w_lo, float m, float l) {
+  require(hi.shape(1) == 16 && lo.shape(1) == 16 && hi.shape(0) == lo.shape(0), "hi and lo: expected [tiles, 16]");
+  require(n >= 1 && n <= kBlockTokens && static_cast<std::size_t>(n) <= hi.size(), "n: expected 1 to 64, a key each");
+  require_length("k_scale", k_scale.size(), kBlockTokens);
+  require_length("v_scale", v_scale.size(), kBlockTokens);
+  require_length("w_hi", w_hi.size(), kBlockTokens);
+  require_length("w_lo", w_lo.size(), kBlockTokens);
+  Int8Weights weights{w_hi.data(), w_lo.data(), 0, 0, 0.0f, 0.0f, 0.0f};
+  kernels_of(isa).weigh_int8(hi.data(), lo.data(), 16, k_scale.data(), v_scale.data(), q_scale, n, &weights, &m, &l);
+  return nb::make_tuple(weights.hi_sum, weights.lo_sum, weights.scale, weights.keep, weights.take, m, l);
+}
+
+void mix_int8(const std::string& isa, Array<const std::int32_t, 2> hi, Array<const std::int32_t, 2> lo, float scale,
+              float keep, float take, Array<float, 1> o) {
+  require(hi.shape(1) == 16 && lo.shape(1) == 16 && hi.shape(0) == lo.shape(0), "hi and lo: expected [tiles, 16]");
+  require(o.size() <= hi.size(), "o: expected a product for each value");
+  const Int8Weights weights{nullptr, nullptr, 0, 0, scale, keep, take};
+  kernels_of(isa).mix_int8(hi.data(), lo.data(), 16, weights, length(o.size()), o.data());
 }
 
 }  // namespace
@@ -197,7 +253,12 @@ void bind_kernels(nb::module_& m) {
   m.def("silu_mul", &gate_mul<&Kernels::silu_mul>, "isa"_a, "gate"_a, "up"_a, "y"_a);
   m.def("relu2_mul", &gate_mul<&Kernels::relu2_mul>, "isa"_a, "gate"_a, "up"_a, "y"_a);
   m.def("add", &add, "isa"_a, "y"_a, "x"_a);
-  m.def("to_bf16", &to_bf16, "isa"_a, "x"_a, "y"_a);
+  m.def("to_cache", &to_cache, "isa"_a, "format"_a, "x"_a, "y"_a);
   m.def("dot_bf16", &dot_bf16, "isa"_a, "w"_a, "x"_a, "y"_a);
-  m.def("attend", &attend, "isa"_a, "q"_a, "inv_sqrt_d"_a, "k_blocks"_a, "v_blocks"_a, "n_keys"_a, "out"_a);
+  m.def("attend", &attend, "isa"_a, "format"_a, "q"_a, "inv_sqrt_d"_a, "k_blocks"_a, "v_blocks"_a, "n_keys"_a, "m"_a,
+        "l"_a, "o"_a);
+  m.def("merge_splits", &merge_splits, "isa"_a, "m_b"_a, "l_b"_a, "o_b"_a, "m"_a, "l"_a, "o"_a);
+  m.def("weigh_int8", &weigh_int8, "isa"_a, "hi"_a, "lo"_a, "k_scale"_a, "v_scale"_a, "q_scale"_a, "n"_a, "w_hi"_a,
+        "w_lo"_a, "m"_a, "l"_a);
+  m.def("mix_int8", &mix_int8, "isa"_a, "hi"_a, "lo"_a, "scale"_a, "keep"_a, "take"_a, "o"_a);
 }

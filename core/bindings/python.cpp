@@ -308,6 +308,17 @@ OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, 
   return {source.take_owners(), std::make_unique<onebit::Model>(values, std::move(weights), *kernels, threads)};
 }
 
+onebit::KvCache new_cache(const onebit::ModelConfig& config, std::int64_t n_blocks, const std::string& kv_cache) {
+  require(n_blocks >= 1 && n_blocks < (1 << 30), "n_blocks: expected at least 1");
+  int format = 0;
+  while (format < onebit::kKvFormats && kv_cache != onebit::kKvFormatNames[format]) ++format;
+  require(format < onebit::kKvFormats, "kv_cache ", kv_cache, ": expected one of KV_FORMATS");
+  const auto kind = static_cast<onebit::KvFormat>(format);
+  require(kind != onebit::KvFormat::kInt8 || config.d_head <= onebit::kMaxInt8Head, "kv_cache int8: heads of width ",
+          config.d_head, " are too wide for exact sums; expected at most ", onebit::kMaxInt8Head, ", or use bf16");
+  return {kind, config.n_layers, config.n_kv_heads, config.d_head, static_cast<int>(n_blocks)};
+}
+
 void check_range(const Array<std::int32_t>& values, const char* name, std::int64_t limit) {
   for (std::int64_t i = 0; i < values.size(0); ++i) {
     require(values.data[i] >= 0 && values.data[i] < limit, name, "[", i, "] is ", values.data[i], "; expected 0 to ",
@@ -460,6 +471,8 @@ nb::tuple sine_cosine(double x) {
 NB_MODULE(_core, m) {
   m.doc() = "The compiled core of onebit. Only onebit.engine.model imports it.";
   m.attr("BLOCK_TOKENS") = onebit::kBlockTokens;
+  m.attr("SPLIT_TOKENS") = onebit::kSplitTokens;
+  m.attr("KV_FORMATS") = nb::tuple(nb::cast(std::vector<std::string>(std::begin(onebit::kKvFormatNames), std::end(onebit::kKvFormatNames))));
   auto kernels = m.def_submodule("kernels", "Every kernel of every instruction set, for tests.");
   bind_kernels(kernels);
 
@@ -505,7 +518,7 @@ NB_MODULE(_core, m) {
                   "scale: numpy.typing.NDArray[numpy.float32]) -> None"),
           "data: uint8 [tiles, k_padded / 4, 64]; scale: float32 [1], [n] or [n, groups].");
 
-  nb::class_<onebit::KvCache>(m, "KvCache", "Keys and values as bfloat16, in blocks of BLOCK_TOKENS positions.")
+  nb::class_<onebit::KvCache>(m, "KvCache", "Keys and values in blocks of BLOCK_TOKENS positions.")
       .def_prop_ro("n_blocks", &onebit::KvCache::n_blocks, "Blocks in the cache.")
       .def_prop_ro("bytes", &onebit::KvCache::bytes, "Memory of all blocks.");
 
@@ -524,12 +537,11 @@ NB_MODULE(_core, m) {
           "config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2].")
       .def(
           "new_cache",
-          [](const OwnedModel& self, std::int64_t n_blocks) {
-            require(n_blocks >= 1 && n_blocks < (1 << 30), "n_blocks: expected at least 1");
-            const onebit::ModelConfig& config = self.model->config();
-            return onebit::KvCache(config.n_layers, config.n_kv_heads, config.d_head, static_cast<int>(n_blocks));
+          [](const OwnedModel& self, std::int64_t n_blocks, const std::string& kv_cache) {
+            return new_cache(self.model->config(), n_blocks, kv_cache);
           },
-          "n_blocks"_a, "A cache of n_blocks blocks for this model, all zeros.")
+          "n_blocks"_a, "kv_cache"_a,
+          "A cache of n_blocks blocks for this model, all zeros; kv_cache: one of KV_FORMATS.")
       .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "top_k"_a,
            "cache"_a,
            nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "

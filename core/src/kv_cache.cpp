@@ -1,36 +1,83 @@
 #include "onebit/kv_cache.h"
 
+#include <cstring>
 #include <limits>
 #include <new>
 
 namespace onebit {
 namespace {
 
-std::size_t product(std::initializer_list<int> factors) {
+constexpr std::size_t kAlign = 64;
+
+std::size_t product(std::initializer_list<std::size_t> factors) {
   std::size_t result = 1;
-  for (const int factor : factors) {
-    if (result > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) throw std::bad_alloc();
-    result *= static_cast<std::size_t>(factor);
+  for (const std::size_t factor : factors) {
+    if (result > std::numeric_limits<std::size_t>::max() / 4 / factor) throw std::bad_alloc();
+    result *= factor;
   }
   return result;
 }
 
+std::size_t number_bytes(KvFormat format) { return format == KvFormat::kBf16 ? 2 : 1; }
+
+std::size_t side_bytes(KvFormat format, int d_head) {
+  const int width = format == KvFormat::kInt8 ? pad_inputs(d_head) : d_head;
+  return static_cast<std::size_t>(kBlockTokens) * static_cast<std::size_t>(width) * number_bytes(format);
+}
+
+// The codes of one row of a Q8 tile, 4 to a unit.
+void store_key(const std::int8_t* codes, int d, int slot, std::uint8_t* tiles) noexcept {
+  constexpr int kRows = tile_rows(Encoding::kQ8);
+  std::uint8_t* lane = tiles + slot / kRows * kRows * d + 4 * (slot % kRows);
+  for (int i = 0; i < d; ++i) lane[i / 4 * 64 + i % 4] = static_cast<std::uint8_t>(codes[i] + 128);
+}
+
+// One input of all rows of some Q8 tiles of kBlockTokens inputs.
+void store_value(const std::int8_t* codes, int d, int slot, std::uint8_t* tiles) noexcept {
+  constexpr int kRows = tile_rows(Encoding::kQ8);
+  std::uint8_t* first = tiles + slot / 4 * 64 + slot % 4;
+  for (int i = 0; i < d; ++i) {
+    first[i / kRows * kRows * kBlockTokens + 4 * (i % kRows)] = static_cast<std::uint8_t>(codes[i] + 128);
+  }
+}
+
 }  // namespace
 
-KvCache::KvCache(int n_layers, int n_kv_heads, int d_head, int n_blocks)
-    : n_layers_(n_layers),
+KvCache::KvCache(KvFormat format, int n_layers, int n_kv_heads, int d_head, int n_blocks)
+    : format_(format),
+      n_layers_(n_layers),
       n_kv_heads_(n_kv_heads),
       d_head_(d_head),
       n_blocks_(n_blocks),
-      size_(product({n_layers, n_blocks, n_kv_heads, kBlockTokens, d_head})),
-      keys_(zeros(size_)),
-      values_(zeros(size_)) {}
+      side_bytes_(side_bytes(format, d_head)),
+      page_bytes_(2 * side_bytes_ + (format == KvFormat::kInt8 ? 2 * kBlockTokens * sizeof(float) : 0)),
+      n_pages_(product({static_cast<std::size_t>(n_layers), static_cast<std::size_t>(n_blocks),
+                        static_cast<std::size_t>(n_kv_heads), page_bytes_}) /
+               page_bytes_),
+      // calloc leaves memory untouched until a block is used.
+      memory_(static_cast<std::uint8_t*>(std::calloc(bytes() + kAlign, 1))) {
+  if (!memory_) throw std::bad_alloc();
+  const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
+  first_page_ = memory_.get() + (kAlign - address % kAlign) % kAlign;
+}
 
-// calloc leaves pages untouched until a block is used.
-KvCache::Storage KvCache::zeros(std::size_t n) {
-  Storage storage(static_cast<std::uint16_t*>(std::calloc(n, sizeof(std::uint16_t))));
-  if (!storage) throw std::bad_alloc();
-  return storage;
+void KvCache::store(const Kernels& kernels, int layer, int block, int kv_head, int slot, const float* key,
+                    const float* value) noexcept {
+  std::uint8_t* keys = page(layer, block, kv_head);
+  std::uint8_t* values = keys + side_bytes_;
+  if (format_ != KvFormat::kInt8) {
+    const std::size_t at = static_cast<std::size_t>(slot) * static_cast<std::size_t>(d_head_) * number_bytes(format_);
+    kernels.to_cache[static_cast<int>(format_)](key, d_head_, keys + at);
+    kernels.to_cache[static_cast<int>(format_)](value, d_head_, values + at);
+    return;
+  }
+  float* scales = reinterpret_cast<float*>(values + side_bytes_);
+  std::int8_t codes[kMaxInt8Head];
+  const int width = pad_inputs(d_head_);
+  kernels.quantize_a8(key, d_head_, width, codes, scales + slot);
+  store_key(codes, width, slot, keys);
+  kernels.quantize_a8(value, d_head_, width, codes, scales + kBlockTokens + slot);
+  store_value(codes, width, slot, values);
 }
 
 }  // namespace onebit

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -52,16 +51,11 @@ struct Model::Workspace {
   QuantizedRows codes;
   Buffer<std::int32_t> seq_T;  // the sequence of each token
 
-  // Of each share of a region: two rows of the widest activation, and the blocks of one head of one sequence.
+  // Of each share of a region: two rows of the widest activation.
   Buffer<float> rows;
-  Buffer<const std::uint16_t*> blocks;
   int row_width = 0;
-  int table_width = 0;
 
   float* row(int share, int i) { return rows.get() + (2 * static_cast<std::size_t>(share) + i) * row_width; }
-  const std::uint16_t** block_list(int share, int i) {
-    return blocks.get() + (2 * static_cast<std::size_t>(share) + i) * table_width;
-  }
 };
 
 Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads)
@@ -69,8 +63,8 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& ker
       weights_(std::move(weights)),
       kernels_(kernels),
       quantize_(quantizer(kernels, config.activations)),
-      inv_sqrt_d_head_(1.0f / std::sqrt(static_cast<float>(config.d_head))),
       pool_(n_threads),
+      attention_(kernels, config.n_heads, config.n_kv_heads, config.d_head, n_threads),
       head_(weights_.head, kernels, pool_),
       workspace_(std::make_unique<Workspace>()) {
   if (!kernels.prefers_r64) return;
@@ -87,6 +81,7 @@ void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
   std::lock_guard lock(mutex_);
   StandardFloatMode float_mode;
   reserve(batch);
+  attention_.begin(batch, cache.format());
   pool_.begin();
   embed(batch);
   for (int layer = 0; layer < config_.n_layers; ++layer) {
@@ -117,8 +112,6 @@ void Model::reserve(const Batch& batch) {
   w.seq_T.reserve(t);
   w.row_width = pad_inputs(std::max({config_.d_model, config_.n_heads * config_.d_head, config_.d_ff}));
   w.rows.reserve(2 * static_cast<std::size_t>(pool_.size()) * w.row_width);
-  w.table_width = batch.table_width;
-  w.blocks.reserve(2 * static_cast<std::size_t>(pool_.size()) * w.table_width);
 }
 
 void Model::embed(const Batch& batch) {
@@ -173,14 +166,13 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       kernels_.rope(k_KH, cos_H, sin_H, n_kv_heads, d_head);
       const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
       const int block = table[batch.positions[t] / kBlockTokens];
-      const std::size_t slot = static_cast<std::size_t>(batch.positions[t] % kBlockTokens) * d_head;
+      const int slot = batch.positions[t] % kBlockTokens;
       for (int head = 0; head < n_kv_heads; ++head) {
-        kernels_.to_bf16(k_KH + head * d_head, d_head, cache.keys(layer, block, head) + slot);
-        kernels_.to_bf16(v_KH + head * d_head, d_head, cache.values(layer, block, head) + slot);
+        cache.store(kernels_, layer, block, head, slot, k_KH + head * d_head, v_KH + head * d_head);
       }
     }
   });
-  attend(batch, cache, layer);
+  attention_.run(pool_, batch, cache, layer, w.q_TNH, w.a_TNH);
 
   w.codes.resize(weights.o, batch.n_tokens, 1);
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
@@ -196,32 +188,6 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   const LinearOutput o[] = {{&weights.o, w.y_TD}};
   linear(kernels_, pool_, o, w.codes);
   add_residual(0, batch.n_tokens);
-}
-
-void Model::attend(const Batch& batch, KvCache& cache, int layer) {
-  Workspace& w = *workspace_;
-  const int n_kv_heads = config_.n_kv_heads;
-  const int group = config_.n_heads / n_kv_heads;
-  const int n_threads = pool_.size();
-  const std::int64_t n_items = static_cast<std::int64_t>(batch.n_tokens) * n_kv_heads;
-  // Dealt out in turn: later tokens see more keys, so contiguous shares would be uneven.
-  pool_.run(n_threads, [&](int share, int, int) {
-    const std::uint16_t** k_blocks = w.block_list(share, 0);
-    const std::uint16_t** v_blocks = w.block_list(share, 1);
-    for (std::int64_t item = share; item < n_items; item += n_threads) {
-      const std::size_t t = item / n_kv_heads;
-      const int kv_head = static_cast<int>(item % n_kv_heads);
-      const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
-      const int n_keys = batch.positions[t] + 1;
-      for (int b = 0; b * kBlockTokens < n_keys; ++b) {
-        k_blocks[b] = cache.keys(layer, table[b], kv_head);
-        v_blocks[b] = cache.values(layer, table[b], kv_head);
-      }
-      const std::size_t offset = (t * config_.n_heads + static_cast<std::size_t>(kv_head) * group) * config_.d_head;
-      kernels_.attend(w.q_TNH + offset, group, config_.d_head, inv_sqrt_d_head_, k_blocks, v_blocks, n_keys,
-                      w.a_TNH + offset);
-    }
-  });
 }
 
 void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {

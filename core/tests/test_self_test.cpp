@@ -41,9 +41,10 @@ void wrong_gate(const float* gate, const float* up, int n, float* y) noexcept {
 
 void wrong_add(const float* y, int n, float* x) noexcept { scalar().add(y, n - 1, x); }
 
-void wrong_to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
-  scalar().to_bf16(x, n, y);
-  y[n - 1] ^= 1;
+template <int kFormat>
+void wrong_to_cache(const float* x, int n, void* y) noexcept {
+  scalar().to_cache[kFormat](x, n, y);
+  static_cast<std::uint8_t*>(y)[n - 1] ^= 1;
 }
 
 void wrong_dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
@@ -54,9 +55,25 @@ void wrong_rope(float* x, const float* cos, const float* sin, int n_heads, int d
   scalar().rope(x, cos, sin, n_heads - 1, d_head);
 }
 
-void wrong_attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-                  const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
-  scalar().attend(q, heads, d, inv_sqrt_d, k_blocks, v_blocks, n_keys - 1, out);
+template <int kFormat>
+void wrong_attend(const float* q, int heads, int d, float inv_sqrt_d, const void* const* k_blocks,
+                  const void* const* v_blocks, int n_keys, float* m, float* l, float* o) noexcept {
+  scalar().attend[kFormat](q, heads, d, inv_sqrt_d, k_blocks, v_blocks, n_keys - 1, m, l, o);
+}
+
+void wrong_merge_splits(int heads, int d, const float* m_b, const float* l_b, const float* o_b, float* m, float* l,
+                        float* o) noexcept {
+  scalar().merge_splits(heads, d - 1, m_b, l_b, o_b, m, l, o);
+}
+
+void wrong_weigh_int8(const std::int32_t* hi, const std::int32_t* lo, std::ptrdiff_t ld, const float* k_scale,
+                      const float* v_scale, float q_scale, int n, Int8Weights* weights, float* m, float* l) noexcept {
+  scalar().weigh_int8(hi, lo, ld, k_scale, v_scale, q_scale, n - 1, weights, m, l);
+}
+
+void wrong_mix_int8(const std::int32_t* hi, const std::int32_t*, std::ptrdiff_t ld, const Int8Weights& weights, int d,
+                    float* o) noexcept {
+  scalar().mix_int8(hi, hi, ld, weights, d, o);
 }
 
 void wrong_scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
@@ -86,6 +103,19 @@ void check_found(Entry Kernels::* entry, Entry wrong) {
   Kernels table = scalar();
   table.*entry = wrong;
   CHECK(!passes(table));
+}
+
+template <int kFormat = 0>
+void check_formats() {
+  if constexpr (kFormat < kFloatFormats) {
+    Kernels table = scalar();
+    table.to_cache[kFormat] = wrong_to_cache<kFormat>;
+    CHECK(!passes(table));
+    table = scalar();
+    table.attend[kFormat] = wrong_attend<kFormat>;
+    CHECK(!passes(table));
+    check_formats<kFormat + 1>();
+  }
 }
 
 template <int kEncoding = 0>
@@ -120,7 +150,9 @@ void test_self_test() {
   check_found(&Kernels::silu_mul, wrong_gate<&Kernels::silu_mul>);
   check_found(&Kernels::relu2_mul, wrong_gate<&Kernels::relu2_mul>);
   check_found(&Kernels::add, wrong_add);
-  check_found(&Kernels::to_bf16, wrong_to_bf16);
   check_found(&Kernels::dot_bf16, wrong_dot_bf16);
-  check_found(&Kernels::attend, wrong_attend);
+  check_formats();
+  check_found(&Kernels::merge_splits, wrong_merge_splits);
+  check_found(&Kernels::weigh_int8, wrong_weigh_int8);
+  check_found(&Kernels::mix_int8, wrong_mix_int8);
 }

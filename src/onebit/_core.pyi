@@ -6,6 +6,8 @@ import numpy
 import numpy.typing
 
 BLOCK_TOKENS: int
+SPLIT_TOKENS: int
+KV_FORMATS: tuple[str, ...]
 kernels: ModuleType
 
 def available_isas() -> list[str]:
@@ -50,7 +52,7 @@ class PackedMatrix:
         """data: uint8 [tiles, k_padded / 4, 64]; scale: float32 [1], [n] or [n, groups]."""
 
 class KvCache:
-    """Keys and values as bfloat16, in blocks of BLOCK_TOKENS positions."""
+    """Keys and values in blocks of BLOCK_TOKENS positions."""
 
     @property
     def n_blocks(self) -> int:
@@ -76,8 +78,8 @@ class Model:
     ) -> None:
         """config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]."""
 
-    def new_cache(self, n_blocks: int) -> KvCache:
-        """A cache of n_blocks blocks for this model, all zeros."""
+    def new_cache(self, n_blocks: int, kv_cache: str) -> KvCache:
+        """A cache of n_blocks blocks for this model, all zeros; kv_cache: one of KV_FORMATS."""
 
     def forward(
         self,

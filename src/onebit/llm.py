@@ -20,7 +20,7 @@ import numpy as np
 from onebit import formats
 from onebit.checkpoint import Checkpoint, quantize
 from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
-from onebit.engine.memory import available_bytes, position_bytes
+from onebit.engine.memory import KV_FORMATS, available_bytes, position_bytes
 from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.speculation import Speculation
@@ -107,14 +107,15 @@ class LLM:
     Args:
         checkpoint: packed, or a float32 master, which is packed in memory.
         threads: None takes one for each core.
-        kv_cache: number format of keys and values: "bf16".
+        kv_cache: number format of keys and values: "bf16"; "int8" takes half the memory and reads faster; "fp8" takes
+            half too, and is slower and less exact than "int8".
         speculation: guess tokens from the text itself and compute several in one step where that pays; the
             texts are the same, to the token.
         shortlist: "int4" finds the best tokens through 4-bit rows of the head, half the memory to read. Their scores
             stay exact; that none is missed is only very probable. None misses none.
 
     Raises:
-        ValueError: a full-precision model, or an unknown kv_cache or shortlist.
+        ValueError: a full-precision model, an unknown kv_cache or shortlist, or heads too wide for "int8".
     """
 
     def __init__(
@@ -127,14 +128,17 @@ class LLM:
     ) -> None:
         if shortlist not in (None, "int4"):
             raise ValueError(f"shortlist is {shortlist!r}; expected 'int4' or None")
-        if kv_cache != "bf16":
-            raise ValueError(f"kv_cache is {kv_cache!r}; expected 'bf16'")
+        if kv_cache not in KV_FORMATS:
+            raise ValueError(f"kv_cache is {kv_cache!r}; expected {', '.join(KV_FORMATS)}")
         if checkpoint.config.weights == "dense":
             raise ValueError("this is a full-precision model; the engine runs b1.58 and b1 weights only")
         self.checkpoint = quantize(checkpoint)
         self.config = checkpoint.config
         self.shortlist = shortlist
+        self.kv_cache = kv_cache
         self.model = Model(self.checkpoint, threads, int4_shortlist=shortlist == "int4")
+        # Says now, not with the first text, if this model cannot have such a cache.
+        self.model.new_cache(1, kv_cache)
         # Of all calls: what a row costs is learned once.
         self._speculation = Speculation() if speculation else None
         self._start = next(
@@ -149,8 +153,10 @@ class LLM:
 
     @property
     def label(self) -> str:
-        """The label of the checkpoint, as in "W1.58A8KV16", and a shortlist that is only probable."""
-        return self.checkpoint.label + (f" + {self.shortlist} shortlist" if self.shortlist else "")
+        """The label of the checkpoint with the cache in use, as in "W1.58A8KV8", and a shortlist that is only probable."""
+        bits = {"bf16": "16", "int8": "8", "fp8": "fp8"}[self.kv_cache]
+        label = self.checkpoint.label.replace("KV16", f"KV{bits}")
+        return label + (f" + {self.shortlist} shortlist" if self.shortlist else "")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -235,7 +241,7 @@ class LLM:
         tokens = self._encode(prompt)
         check_tokens(self.config, tokens)
         n_blocks = -(-len(tokens) // BLOCK_TOKENS)
-        cache = self.model.new_cache(n_blocks)
+        cache = self.model.new_cache(n_blocks, self.kv_cache)
         table = np.arange(n_blocks, dtype=np.int32).reshape(1, -1)
         chunks = []
         for start in range(0, len(tokens), MAX_STEP_TOKENS):
@@ -255,7 +261,13 @@ class LLM:
                 f"{available / 1e9:.1f} GB of memory are available: lower max_tokens or shorten the prompt"
             )
         n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
-        engine = Engine(self.model, self._tokenizer, max(n_blocks, 1), speculation=self._speculation)
+        engine = Engine(
+            self.model,
+            self._tokenizer,
+            max(n_blocks, 1),
+            speculation=self._speculation,
+            kv_cache=self.kv_cache,
+        )
         return engine, [engine.add(tokens, params) for tokens in encoded]
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -269,7 +281,7 @@ class LLM:
         return tokens or ([] if self._start is None else [self._start])
 
     def _block_bytes(self) -> int:
-        return BLOCK_TOKENS * position_bytes(self.config)
+        return BLOCK_TOKENS * position_bytes(self.config, self.kv_cache)
 
 
 def load(
@@ -284,7 +296,7 @@ def load(
     Args:
         path: a .onebit file or a run folder; None takes the model that ships with onebit.
         threads: None takes one for each core.
-        kv_cache: number format of keys and values: "bf16".
+        kv_cache: number format of keys and values: "bf16", "int8" or "fp8"; see LLM.
         speculation: see LLM.
         shortlist: None or "int4"; see LLM.
 

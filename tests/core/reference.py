@@ -77,9 +77,33 @@ def from_bf16(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, inv_sqrt_d: float) -> np.ndarray:
-    """softmax(q k^T / sqrt(d)) v in float64; q [heads, d], k and v uint16 bfloat16 [keys, d]."""
-    keys, values = from_bf16(k).astype(np.float64), from_bf16(v).astype(np.float64)
+def fp8_values() -> np.ndarray:
+    """The number of every code of e4m3 below the largest, as float32; NaN where there is none."""
+    code = np.arange(256)
+    sign = np.where(code & 0x80, -1.0, 1.0)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    values = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    return np.where(code & 0x7F == 0x7F, np.nan, sign * values).astype(np.float32)
+
+
+def to_fp8(x: np.ndarray) -> np.ndarray:
+    """The nearest e4m3 as uint8, ties to even codes; at most 448, which stands for NaN too."""
+    values = fp8_values()[:0x7F].astype(np.float64)
+    magnitude = np.minimum(np.where(np.isnan(x), np.inf, abs(x.astype(np.float64))), values[-1])
+    above = np.searchsorted(values, magnitude)
+    below = np.maximum(above - 1, 0)
+    up, down = values[above] - magnitude, magnitude - values[below]
+    code = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return (code | np.where(np.signbit(x), 0x80, 0)).astype(np.uint8)
+
+
+def from_numbers(x: np.ndarray, kv_format: str) -> np.ndarray:
+    """Numbers of a cache as float64."""
+    return (from_bf16(x) if kv_format == "bf16" else fp8_values()[x]).astype(np.float64)
+
+
+def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, inv_sqrt_d: float) -> np.ndarray:
+    """softmax(q k^T / sqrt(d)) v in float64; q [heads, d], k and v [keys, d]."""
     scores = q.astype(np.float64) @ keys.T * inv_sqrt_d
     p = np.exp(scores - scores.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True) @ values

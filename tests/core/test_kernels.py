@@ -3,14 +3,11 @@
 All arrays given to a kernel end where unreadable memory begins, so each test also proves its bounds.
 """
 
-import ctypes
-import mmap
-import sys
-
 import numpy as np
 import pytest
 
 from core import reference
+from core.arrays import SPECIALS, assert_same_bits, empty, fenced, floats, with_specials
 from onebit import quant
 from onebit._core import available_isas, kernels
 from onebit.packing import pack
@@ -19,22 +16,11 @@ ISAS = available_isas()
 ENCODINGS = {"t80": 80, "r64": 64, "b128": 128, "q8": 16, "q4": 32}
 SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 257, 1000)
 HEAD_WIDTHS = (2, 24, 32, 48, 64, 128)
-KEY_COUNTS = (1, 15, 63, 64, 65, 200)
 
 # The polynomial for exp is good to 1e-7, and silu adds three roundings of 6e-8.
 SILU_RTOL = 5e-7
 # exp gives infinity above 88, where silu is below 1e-36 in magnitude.
 SILU_ATOL = 1e-36
-# Sums of up to 200 float32 products, against float64, in units of the largest value.
-ATTEND_ATOL = 2e-6
-
-TINY = [1e-45, -1e-40, 1.1754944e-38, 1e-5]
-EXP_EDGES = [87.5, -87.5, 88.5, -88.5, 104.0, -104.0]
-HUGE = [1e30, -1e30, 3.4028235e38, -3.4028235e38, np.inf, -np.inf, np.nan]
-# A NaN with payload bits, which must not leak into codes.
-NAN = np.array([0x7FC12345], np.uint32).view(np.float32)
-SPECIALS = np.array([0.0, -0.0, 0.5, -0.5, 1.5, 2.5, *TINY, *EXP_EDGES, *HUGE], np.float32)
-SPECIALS = np.concatenate([SPECIALS, NAN])
 
 
 @pytest.fixture(params=ISAS)
@@ -45,50 +31,6 @@ def isa(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
-
-
-def fenced(array):
-    """A copy whose last byte is followed by a page that nobody may touch."""
-    array = np.ascontiguousarray(array)
-    if sys.platform != "linux":
-        return array.copy()
-    page = mmap.PAGESIZE
-    size = -(-array.nbytes // page) * page
-    memory = mmap.mmap(-1, size + page)
-    anchor = ctypes.c_char.from_buffer(memory)
-    forbidden = ctypes.c_void_p(ctypes.addressof(anchor) + size)
-    assert ctypes.CDLL(None).mprotect(forbidden, ctypes.c_size_t(page), 0) == 0
-    copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def empty(shape, dtype):
-    """Fenced memory for an output, filled with a pattern that no kernel leaves behind by luck."""
-    out = fenced(np.zeros(shape, dtype))
-    out.view(np.uint8)[...] = 0xA5
-    return out
-
-
-def floats(rng, n):
-    return rng.standard_normal(n).astype(np.float32) * np.float32(3)
-
-
-def with_specials(rng, n):
-    """Random values, about half of them special: all of SPECIALS where there is room."""
-    x = floats(rng, n)
-    at = rng.permutation(n)[: SPECIALS.size]
-    x[at] = rng.permutation(SPECIALS)[: at.size]
-    return x
-
-
-def assert_same_bits(actual, expected):
-    """Equal bits, zeros' signs included; any NaN equals any NaN."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    is_nan = np.isnan(expected)
-    np.testing.assert_array_equal(np.isnan(actual), is_nan)
-    bits = np.uint32 if actual.dtype == np.float32 else actual.dtype
-    np.testing.assert_array_equal(actual.view(bits)[~is_nan], expected.view(bits)[~is_nan])
 
 
 # ---- Tables ----
@@ -362,26 +304,6 @@ def test_add(isa, n, rng):
         assert_same_bits(total, x + y)
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_to_bf16(isa, n, rng):
-    bits = rng.integers(0, 2**32, n, np.uint32)
-    bits[::3] = bits[::3] & 0xFFFF0000 | 0x8000
-    x = np.where(np.isnan(bits.view(np.float32)), np.float32(0), bits.view(np.float32))
-    y = empty(n, np.uint16)
-    kernels.to_bf16(isa, fenced(x), y)
-    np.testing.assert_array_equal(y, reference.to_bf16(x))
-
-
-def test_to_bf16_keeps_nan_and_infinity(isa):
-    bits = np.array(
-        [0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF], np.uint32
-    )
-    y = empty(bits.size, np.uint16)
-    kernels.to_bf16(isa, fenced(bits.view(np.float32)), y)
-    expected = np.array([0x7FC0, 0xFFC0, 0x7FFF, 0xFFFF, 0x7F80, 0xFF80, 0x7F80], np.uint16)
-    np.testing.assert_array_equal(y, expected)
-
-
 @pytest.mark.parametrize("name", ["silu_mul", "relu2_mul"])
 def test_outputs_may_be_inputs(isa, name, rng):
     gate, up = floats(rng, 1000), floats(rng, 1000)
@@ -403,64 +325,6 @@ def test_dot_bf16(isa, n, k, rng):
             assert_same_bits(y, quant.lane_sum(x * reference.from_bf16(w))[:, 0])
 
 
-# ---- Attention ----
-
-
-def cache(rng, n_keys, d):
-    """Blocks of keys and values, bfloat16; NaN where no key is."""
-    n_blocks = -(-n_keys // reference.BLOCK_TOKENS)
-    rows = np.full((2, n_blocks * reference.BLOCK_TOKENS, d), 0x7FC0, np.uint16)
-    rows[:, :n_keys] = reference.to_bf16(floats(rng, 2 * n_keys * d)).reshape(2, n_keys, d)
-    return rows
-
-
-def attend(isa, q, rows, n_keys, inv_sqrt_d):
-    k, v = (
-        [fenced(block) for block in side.reshape(-1, reference.BLOCK_TOKENS, q.shape[1])] for side in rows
-    )
-    out = empty(q.shape, np.float32)
-    kernels.attend(isa, fenced(q), inv_sqrt_d, k, v, n_keys, out)
-    return out
-
-
-@pytest.mark.parametrize("d", HEAD_WIDTHS)
-@pytest.mark.parametrize("n_keys", KEY_COUNTS)
-def test_attend(isa, d, n_keys, rng):
-    rows = cache(rng, n_keys, d)
-    inv_sqrt_d = float(np.float32(1) / np.sqrt(np.float32(d)))
-    for heads in (1, 2, 3, 4, 5):
-        q = floats(rng, heads * d).reshape(heads, d)
-        out = attend(isa, q, rows, n_keys, inv_sqrt_d)
-        k, v = rows[:, :n_keys]
-        largest = abs(reference.from_bf16(v)).max()
-        np.testing.assert_allclose(
-            out / largest, reference.attend(q, k, v, inv_sqrt_d) / largest, atol=ATTEND_ATOL
-        )
-        assert_same_bits(out, attend("scalar", q, rows, n_keys, inv_sqrt_d))
-        alone = attend(isa, q[-1:], rows, n_keys, inv_sqrt_d)
-        assert_same_bits(out[-1:], alone)
-
-
-@pytest.mark.parametrize("special", [0x7F80, 0xFF80, 0x7FC0, 0x7F7F, 0xFF7F, 0x0001, 0x8000])
-@pytest.mark.parametrize("side", ["k", "v"])
-def test_attend_agrees_on_special_values(isa, side, special, rng):
-    rows = cache(rng, 130, 32)
-    rows["kv".index(side), [3, 70, 129], [0, 5, 31]] = special
-    q = floats(rng, 3 * 32).reshape(3, 32)
-    out = attend(isa, q, rows, 130, 0.25)
-    assert_same_bits(out, attend("scalar", q, rows, 130, 0.25))
-
-
-def test_attend_skips_no_block_of_equal_scores(isa):
-    """Zero queries weigh all keys alike: the mean of the values, exactly."""
-    values = np.tile(np.array([1.0, 3.0], np.float32), 64).repeat(16).reshape(128, 16)
-    rows = np.stack(
-        [np.full((128, 16), 0x3F80, np.uint16), reference.to_bf16(values.ravel()).reshape(128, 16)]
-    )
-    out = attend(isa, np.zeros((2, 16), np.float32), rows, 128, 0.25)
-    np.testing.assert_array_equal(out, np.full((2, 16), 2.0, np.float32))
-
-
 # ---- Borders ----
 
 
@@ -468,7 +332,6 @@ def test_wrong_sizes_are_refused(isa):
     f = np.zeros(16, np.float32)
     i = np.zeros(16, np.int32)
     tile, x = np.zeros((4, 64), np.uint8), np.zeros((1, 16), np.int8)
-    block = np.zeros((64, 16), np.uint16)
     calls = [
         lambda: kernels.dot_tile(isa, "t81", tile, x, i[:1], np.zeros((1, 80), np.int32)),
         lambda: kernels.dot_tile(isa, "t80", tile[:3], x, i[:1], np.zeros((1, 80), np.int32)),
@@ -486,12 +349,8 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.rope(isa, np.zeros((1, 16), np.float32), f, f),
         lambda: kernels.silu_mul(isa, f, f[:8], f),
         lambda: kernels.add(isa, f, f[:8]),
-        lambda: kernels.to_bf16(isa, f, np.zeros(8, np.uint16)),
         lambda: kernels.dot_bf16(isa, np.zeros((2, 15), np.uint16), f, f[:2]),
         lambda: kernels.dot_bf16(isa, np.zeros((2, 16), np.uint16), f, f[:1]),
-        lambda: kernels.attend(isa, f[None], 1.0, [block], [block], 65, np.zeros((1, 16), np.float32)),
-        lambda: kernels.attend(isa, f[None], 1.0, [block], [], 1, np.zeros((1, 16), np.float32)),
-        lambda: kernels.attend(isa, f[None], 1.0, [block[:5]], [block], 1, np.zeros((1, 16), np.float32)),
         lambda: kernels.sum_codes(isa, np.zeros(0, np.int8)),
     ]
     for call in calls:

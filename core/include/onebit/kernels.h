@@ -9,6 +9,18 @@
 
 namespace onebit {
 
+// What one query makes of a block of an int8 cache: codes [kBlockTokens] in two planes, the sum of each, their multiplier,
+// and the factors of what came before and of this block.
+struct Int8Weights {
+  std::int8_t* hi;
+  std::int8_t* lo;
+  std::int32_t hi_sum;
+  std::int32_t lo_sum;
+  float scale;
+  float keep;
+  float take;
+};
+
 struct Kernels {
   const char* name;
   // Digits of T80 are slow to take here: a model in T80 is turned into R64 when it is made.
@@ -53,18 +65,37 @@ struct Kernels {
   void (*relu2_mul)(const float* gate, const float* up, int n, float* y) noexcept;
   // x[i] += y[i]
   void (*add)(const float* y, int n, float* x) noexcept;
-  // Round to bfloat16, ties to even.
-  void (*to_bf16)(const float* x, int n, std::uint16_t* y) noexcept;
   // y[i] = lane_sum(w[i * ldw + j] * x[j], j < k) for n rows of bfloat16.
   void (*dot_bf16)(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept;
 
-  // Attention of `heads` query heads that share one key-value head, for one token.
-  //   q: float32 [heads, d]; k_blocks[b], v_blocks[b]: bfloat16 [kBlockTokens, d]; n_keys keys are visible.
-  //   score_j = lane_sum(q * k_j) * inv_sqrt_d. Each block of 64 keys is one split: m = max score, p_j = exp(score_j - m),
-  //   l = lane_sum(p) over the block (lane = j mod 16), o = sum of p_j * v_j in ascending j. Splits merge in
-  //   ascending order: m' = max(m, m_b), l' = l * exp(m - m') + l_b * exp(m_b - m'), o' likewise; out = o / l.
-  void (*attend)(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-                 const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept;
+  // Round to the numbers of a cache, ties to even: uint16 bfloat16, or uint8 e4m3, where what is larger than 448, or NaN,
+  // becomes 448.
+  void (*to_cache[kFloatFormats])(const float* x, int n, void* y) noexcept;
+  // One split of the keys for `heads` query heads of one token that share one key-value head.
+  //   q: float32 [heads, d]; k_blocks[b], v_blocks[b]: [kBlockTokens, d] numbers of the format; n_keys <= kSplitTokens
+  //   keys are visible.
+  //   score_j = lane_sum(q * k_j) * inv_sqrt_d. In each block of 64 keys: m = max score, p_j = exp(score_j - m),
+  //   l = lane_sum(p) over the block (lane = j mod 16), o = sum of p_j * v_j in ascending j. Blocks merge in
+  //   ascending order: m' = max(m, m_b), l' = l * exp(m - m') + l_b * exp(m_b - m'), o' likewise.
+  //   m, l: [heads]; o: [heads, d].
+  using Attend = void (*)(const float* q, int heads, int d, float inv_sqrt_d, const void* const* k_blocks,
+                          const void* const* v_blocks, int n_keys, float* m, float* l, float* o) noexcept;
+  Attend attend[kFloatFormats];
+  // Merges the split b into those before it, as blocks are merged.
+  void (*merge_splits)(int heads, int d, const float* m_b, const float* l_b, const float* o_b, float* m, float* l,
+                       float* o) noexcept;
+
+  // One query and one block of an int8 cache: from scores to weights of its values.
+  //   hi, lo: exact products of the planes of the query and key j, at [ld * (j / 16) + j % 16]; n keys are visible.
+  //   score_j = (float(hi * 128 + lo) * k_scale[j]) * q_scale, m_b = max score, p_j = exp(score_j - m_b), l_b = lane_sum(p)
+  //   w_j = p_j * v_scale[j], codes = round(w * (16256 / max w)) = hi * 128 + lo as in quantize_a15, zeros from n on;
+  //   w_scale = max w / 16256
+  //   m' = max(m, m_b), keep = exp(m - m'), take = exp(m_b - m'), l' = l * keep + l_b * take
+  void (*weigh_int8)(const std::int32_t* hi, const std::int32_t* lo, std::ptrdiff_t ld, const float* k_scale,
+                     const float* v_scale, float q_scale, int n, Int8Weights* weights, float* m, float* l) noexcept;
+  // o[i] = o[i] * keep + (float(hi * 128 + lo) * w_scale) * take, products at [ld * (i / 16) + i % 16], for i < d.
+  void (*mix_int8)(const std::int32_t* hi, const std::int32_t* lo, std::ptrdiff_t ld, const Int8Weights& weights, int d,
+                   float* o) noexcept;
 };
 
 // Tables that this build contains and this CPU runs, best first; `scalar` is always the last. Returns their number. A

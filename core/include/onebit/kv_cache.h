@@ -1,5 +1,11 @@
-// Keys and values of all sequences as bfloat16, in blocks of kBlockTokens positions. Who owns which block is decided
-// outside: a sequence brings its block table.
+// Keys and values of all sequences, in blocks of kBlockTokens positions. Who owns which block is decided outside: a
+// sequence brings its block table.
+//
+// One page holds one block of one key-value head in one layer:
+//
+//   bf16, fp8          keys [64, d], values [64, d]
+//   int8               keys as 4 tiles of Q8 (rows are keys, inputs are d padded to 16), values as d / 16 tiles of Q8
+//                      (rows are elements of a value, inputs are its 64 keys), float32 key scales [64], value scales [64]
 #pragma once
 
 #include <cstddef>
@@ -7,6 +13,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "onebit/kernels.h"
 #include "onebit/types.h"
 
 namespace onebit {
@@ -14,38 +21,51 @@ namespace onebit {
 class KvCache {
  public:
   // All zeros. Throws std::bad_alloc, also when the size does not fit into memory addresses.
-  KvCache(int n_layers, int n_kv_heads, int d_head, int n_blocks);
+  KvCache(KvFormat format, int n_layers, int n_kv_heads, int d_head, int n_blocks);
 
+  KvFormat format() const { return format_; }
   int n_layers() const { return n_layers_; }
   int n_kv_heads() const { return n_kv_heads_; }
   int d_head() const { return d_head_; }
   int n_blocks() const { return n_blocks_; }
-  std::size_t bytes() const { return 2 * size_ * sizeof(std::uint16_t); }
+  std::size_t bytes() const { return n_pages_ * page_bytes_; }
 
-  // bfloat16 [kBlockTokens, d_head] of one head in one block.
-  std::uint16_t* keys(int layer, int block, int kv_head) { return keys_.get() + offset(layer, block, kv_head); }
-  std::uint16_t* values(int layer, int block, int kv_head) { return values_.get() + offset(layer, block, kv_head); }
+  // Parts of the page of one head in one block, each aligned to 64 bytes.
+  const std::uint8_t* keys(int layer, int block, int kv_head) const { return page(layer, block, kv_head); }
+  const std::uint8_t* values(int layer, int block, int kv_head) const {
+    return page(layer, block, kv_head) + side_bytes_;
+  }
+  const float* key_scales(int layer, int block, int kv_head) const {
+    return reinterpret_cast<const float*>(page(layer, block, kv_head) + 2 * side_bytes_);
+  }
+  const float* value_scales(int layer, int block, int kv_head) const {
+    return key_scales(layer, block, kv_head) + kBlockTokens;
+  }
+
+  // Puts a key and a value, float32 [d_head], at position `slot` of a block.
+  void store(const Kernels& kernels, int layer, int block, int kv_head, int slot, const float* key,
+             const float* value) noexcept;
 
  private:
   struct Free {
-    void operator()(std::uint16_t* p) const { std::free(p); }
+    void operator()(std::uint8_t* p) const { std::free(p); }
   };
-  using Storage = std::unique_ptr<std::uint16_t, Free>;
 
-  static Storage zeros(std::size_t n);
-
-  std::size_t offset(int layer, int block, int kv_head) const {
-    const std::size_t page = (static_cast<std::size_t>(layer) * n_blocks_ + block) * n_kv_heads_ + kv_head;
-    return page * kBlockTokens * d_head_;
+  std::uint8_t* page(int layer, int block, int kv_head) const {
+    const std::size_t index = (static_cast<std::size_t>(layer) * n_blocks_ + block) * n_kv_heads_ + kv_head;
+    return first_page_ + index * page_bytes_;
   }
 
+  KvFormat format_;
   int n_layers_;
   int n_kv_heads_;
   int d_head_;
   int n_blocks_;
-  std::size_t size_;
-  Storage keys_;
-  Storage values_;
+  std::size_t side_bytes_;  // of the keys of a page, and of its values
+  std::size_t page_bytes_;
+  std::size_t n_pages_;
+  std::unique_ptr<std::uint8_t, Free> memory_;
+  std::uint8_t* first_page_;
 };
 
 }  // namespace onebit

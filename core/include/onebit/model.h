@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "onebit/attention.h"
 #include "onebit/buffer.h"
 #include "onebit/head.h"
 #include "onebit/kernels.h"
@@ -57,21 +58,6 @@ struct ModelWeights {
   std::vector<float> inv_freq;  // [d_head / 2]
 };
 
-// Sequences one after another, each a run of consecutive positions. Keys and values of its tokens go into the blocks of
-// its table, and everything before them must be there already.
-struct Batch {
-  const std::int32_t* tokens;        // [n_tokens]
-  const std::int32_t* positions;     // [n_tokens]
-  const std::int32_t* seq_starts;    // [n_seqs + 1]
-  const std::int32_t* block_tables;  // [n_seqs, table_width]
-  const std::int32_t* rows;          // [n_rows]: the tokens whose logits are wanted
-  const std::int32_t* top_k;         // [n_rows]: how many of the best of them, 0 for all; null: all
-  int n_tokens;
-  int n_seqs;
-  int table_width;
-  int n_rows;
-};
-
 class Model {
  public:
   Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads);
@@ -90,7 +76,6 @@ class Model {
   void reserve(const Batch& batch);
   void embed(const Batch& batch);
   void attention(const Batch& batch, KvCache& cache, int layer);
-  void attend(const Batch& batch, KvCache& cache, int layer);
   void feed_forward(const LayerWeights& layer, int first, int n_tokens);
   void head(const Batch& batch, float* logits);
   void add_residual(int first, int n_tokens);
@@ -100,8 +85,8 @@ class Model {
   std::vector<Buffer<std::uint8_t>> repacked_;  // weights that these kernels want in another layout
   const Kernels& kernels_;
   Kernels::Quantize quantize_;
-  float inv_sqrt_d_head_;
   ThreadPool pool_;
+  Attention attention_;
   Head head_;
   std::mutex mutex_;
   std::unique_ptr<Workspace> workspace_;

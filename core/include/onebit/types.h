@@ -36,7 +36,33 @@ struct PackedMatrix {
   int group;           // inputs that share a scale; 0: all of them
 };
 
-// Positions in one KV block, and the fixed length of an attention split: see docs/numerics.md.
+// Sequences one after another, each a run of consecutive positions. Keys and values of its tokens go into the blocks of
+// its table, and everything before them must be there already.
+struct Batch {
+  const std::int32_t* tokens;        // [n_tokens]
+  const std::int32_t* positions;     // [n_tokens]
+  const std::int32_t* seq_starts;    // [n_seqs + 1]
+  const std::int32_t* block_tables;  // [n_seqs, table_width]
+  const std::int32_t* rows;          // [n_rows]: the tokens whose logits are wanted
+  const std::int32_t* top_k;         // [n_rows]: how many of the best of them, 0 for all; null: all
+  int n_tokens;
+  int n_seqs;
+  int table_width;
+  int n_rows;
+};
+
+// Positions in one KV block; blocks in one split of the keys, the part of attention that is computed on its own. Both
+// belong to the order of float sums: see docs/numerics.md.
 inline constexpr int kBlockTokens = 64;
+inline constexpr int kSplitBlocks = 8;
+inline constexpr int kSplitTokens = kSplitBlocks * kBlockTokens;
+
+// Number formats of the key-value cache: floats, each by itself (fp8 is e4m3), and codes with a scale for each vector.
+enum class KvFormat : std::uint8_t { kBf16, kFp8, kInt8 };
+inline constexpr int kKvFormats = 3;
+inline constexpr int kFloatFormats = 2;
+inline constexpr const char* kKvFormatNames[kKvFormats] = {"bf16", "fp8", "int8"};
+// Widest head of an int8 cache: 127 * (127 * 128 + 64) * d must fit an int32.
+inline constexpr int kMaxInt8Head = 1024;
 
 }  // namespace onebit

@@ -282,13 +282,15 @@ void dot_groups(const std::uint8_t* units, const std::int8_t* x, std::ptrdiff_t 
   }
 }
 
-// From this many tokens on.
+// From this many tokens on. Rows of 8 bits need no unpacking, which leaves less to gain.
 constexpr int kMinTokens = 8;
+constexpr int kMinTokensQ8 = 24;
 
 template <typename Layout>
 void dot_tile_amx(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums, int m,
                   int k, std::int32_t* out) noexcept {
-  if (m < kMinTokens) return dot_tile<Layout>(tile, x, ldx, sums, m, k, out);
+  constexpr int kMin = Layout::kGroups == 1 ? kMinTokensQ8 : kMinTokens;
+  if (m < kMin) return dot_tile<Layout>(tile, x, ldx, sums, m, k, out);
   const int n_rest = m % kPairTokens;
   const Shape rest(n_rest < kTileTokens ? n_rest : kTileTokens, n_rest > kTileTokens ? n_rest - kTileTokens : 16);
   if (m < kPairTokens) configure(rest);

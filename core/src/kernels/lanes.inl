@@ -15,8 +15,7 @@
 //                    AVX2    |----- part 0 -----|----- part 1 -----|
 //                    NEON    |-- 0 --|-- 1 --|-- 2 --|-- 3 --|
 //
-// Work per value: sums 1 load, 2 operations; attention 2 operations per key element and head, and the same per value
-// element, against 4 bytes of bfloat16 cache shared by up to 4 heads.
+// Work per value: sums 1 load, 2 operations.
 
 #define ONEBIT_INLINE inline __attribute__((always_inline))
 // Arrays of registers stay in registers only where the loops over them are unrolled.
@@ -31,6 +30,7 @@ using IntVector = std::int32_t __attribute__((vector_size(kVectorBytes)));
 using BitsVector = std::uint32_t __attribute__((vector_size(kVectorBytes)));
 using HalfVector = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 using ByteVector = std::int8_t __attribute__((vector_size(kVectorBytes / 4)));
+using CodeVector = std::uint8_t __attribute__((vector_size(kVectorBytes / 4)));
 
 struct Lanes {
   Vector part[kParts];
@@ -52,14 +52,38 @@ ONEBIT_INLINE Lanes load_lanes(const float* x) {
   return a;
 }
 
-// bfloat16: the upper half of a float.
-ONEBIT_INLINE Lanes load_lanes(const std::uint16_t* x) {
+// Numbers of a cache, as they lie in memory: bfloat16, the upper half of a float, and e4m3, see scalar.cpp.
+struct Bf16 {
+  std::uint16_t bits;
+};
+
+struct E4M3 {
+  std::uint8_t bits;
+};
+
+ONEBIT_INLINE Lanes load_lanes(const Bf16* x) {
   Lanes a;
   ONEBIT_UNROLL
   for (int i = 0; i < kParts; ++i) {
     HalfVector half;
     __builtin_memcpy(&half, x + i * kPartLanes, sizeof half);
     a.part[i] = (Vector)(__builtin_convertvector(half, IntVector) << 16);
+  }
+  return a;
+}
+
+ONEBIT_INLINE Lanes load_lanes(const E4M3* x) {
+  Lanes a;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kParts; ++i) {
+    CodeVector bytes;
+    __builtin_memcpy(&bytes, x + i * kPartLanes, sizeof bytes);
+    // In two steps, which GCC has instructions for.
+    const IntVector code = __builtin_convertvector(__builtin_convertvector(bytes, HalfVector), IntVector);
+    const IntVector magnitude = code & 0x7f;
+    const Vector small = __builtin_convertvector(magnitude, Vector) * 0x1p-9f;
+    const IntVector value = magnitude > 7 ? (magnitude << 20) + (120 << 23) : (IntVector)small;
+    a.part[i] = (Vector)(value | (code & 0x80) << 24);
   }
   return a;
 }
@@ -156,6 +180,15 @@ ONEBIT_INLINE float total(Lanes a) {
   return fold<1>(a, a).part[0][0];
 }
 
+// One lane made of all lanes of a register by f, which does not care for their order.
+template <typename T, typename Function>
+ONEBIT_INLINE auto reduce(T a, Function f) {
+  if constexpr (kPartLanes > 8) a = f(a, (T)gather<8, 8>((Vector)a, (Vector)a));
+  if constexpr (kPartLanes > 4) a = f(a, (T)gather<4, 4>((Vector)a, (Vector)a));
+  a = f(a, (T)gather<2, 2>((Vector)a, (Vector)a));
+  return f(a, (T)gather<1, 1>((Vector)a, (Vector)a))[0];
+}
+
 // The totals of 16 Lanes, one in each lane. Overwrites a.
 ONEBIT_INLINE Lanes totals(Lanes* a) {
   ONEBIT_UNROLL
@@ -232,15 +265,6 @@ void rope(float* x, const float* cos, const float* sin, int n_heads, int d_head)
 
 ONEBIT_INLINE std::uint32_t bits_of(float x) { return __builtin_bit_cast(std::uint32_t, x); }
 
-void to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t bits = bits_of(x[i]);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    y[i] = static_cast<std::uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
-  }
-}
-
 // ---- Gates ----
 
 // y[i] = f(a[i], b[i]), a register at a time.
@@ -297,9 +321,9 @@ void rms_norm(const float* x, const float* gain, float eps, int n, float* y) noe
 
 constexpr float kEpsilon = 1e-5f;
 
-// The largest magnitude, at least epsilon; NaN if any value is NaN, because the bits of NaN are above all others.
-ONEBIT_INLINE float largest_magnitude(const float* x, int n) {
-  std::uint32_t largest = bits_of(kEpsilon);
+// The largest magnitude, at least `least`; NaN if any value is NaN, because the bits of NaN are above all others.
+ONEBIT_INLINE float largest_magnitude(const float* x, int n, float least = kEpsilon) {
+  std::uint32_t largest = bits_of(least);
   for (int i = 0; i < n; ++i) {
     const std::uint32_t bits = bits_of(x[i]) & 0x7fffffff;
     largest = bits > largest ? bits : largest;
@@ -322,6 +346,11 @@ ONEBIT_INLINE IntVector round_clamped(Vector x, float low, float high) {
   return (IntVector)(clamped + kRounder) - (IntVector)(Vector{} + kRounder);
 }
 
+ONEBIT_INLINE void store_bytes(std::int8_t* to, IntVector codes) {
+  const ByteVector bytes = __builtin_convertvector(codes, ByteVector);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
 // codes[i] = f(x[i]), and zeros from n up to n_padded.
 template <typename Function>
 ONEBIT_INLINE void store_codes(const float* x, int n, int n_padded, std::int8_t* codes, Function f) {
@@ -332,8 +361,7 @@ ONEBIT_INLINE void store_codes(const float* x, int n, int n_padded, std::int8_t*
     std::int8_t* to = count == kLaneCount ? codes + i : last;
     ONEBIT_UNROLL
     for (int part = 0; part < kParts; ++part) {
-      const ByteVector bytes = __builtin_convertvector(f(values.part[part]), ByteVector);
-      __builtin_memcpy(to + part * kPartLanes, &bytes, sizeof bytes);
+      store_bytes(to + part * kPartLanes, f(values.part[part]));
     }
     if (count < kLaneCount) __builtin_memcpy(codes + i, last, static_cast<std::size_t>(count));
   }
@@ -361,14 +389,24 @@ void quantize_a1(const float* x, int n, int n_padded, std::int8_t* codes, float*
   store_codes(x, n, n_padded, codes, [](Vector v) { return (v > 0.0f) * -2 - 1; });
 }
 
+// x to the nearest code of a15, in its two planes.
+struct Code15 {
+  IntVector hi;
+  IntVector lo;
+};
+
+ONEBIT_INLINE Code15 split15(Vector x) {
+  const IntVector code = round_clamped(x, -16256.0f, 16256.0f);
+  const IntVector hi = (code + 64) >> 7;
+  return {hi, code - (hi << 7)};
+}
+
 void quantize_a15(const float* x, int n, int n_padded, std::int8_t* hi, std::int8_t* lo, float* scale) noexcept {
   const float largest = largest_magnitude(x, n);
   const float factor = 16256.0f / largest;
   *scale = largest / 16256.0f;
-  const auto code = [=](Vector v) { return round_clamped(v * factor, -16256.0f, 16256.0f); };
-  const auto high = [=](Vector v) { return (code(v) + 64) >> 7; };
-  store_codes(x, n, n_padded, hi, high);
-  store_codes(x, n, n_padded, lo, [=](Vector v) { return code(v) - 128 * high(v); });
+  store_codes(x, n, n_padded, hi, [=](Vector v) { return split15(v * factor).hi; });
+  store_codes(x, n, n_padded, lo, [=](Vector v) { return split15(v * factor).lo; });
 }
 
 std::int32_t sum_codes(const std::int8_t* codes, int n) noexcept {
@@ -380,7 +418,7 @@ std::int32_t sum_codes(const std::int8_t* codes, int n) noexcept {
 // ---- bfloat16 rows ----
 
 template <int kRows>
-ONEBIT_INLINE void dot_rows(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int k, float* y) {
+ONEBIT_INLINE void dot_rows(const Bf16* w, std::ptrdiff_t ldw, const float* x, int k, float* y) {
   const int whole = k / kLaneCount * kLaneCount;
   Lanes sum[kRows];
   ONEBIT_UNROLL
@@ -399,7 +437,8 @@ ONEBIT_INLINE void dot_rows(const std::uint16_t* w, std::ptrdiff_t ldw, const fl
   for (int i = 0; i < kRows; ++i) y[i] = total(sum[i]);
 }
 
-void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
+void dot_bf16(const std::uint16_t* rows, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
+  const Bf16* w = reinterpret_cast<const Bf16*>(rows);
   // Enough independent sums to hide the latency of an addition.
   constexpr int kRows = 4;
   int i = 0;
@@ -407,170 +446,38 @@ void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n,
   for (; i < n; ++i) dot_rows<1>(w + i * ldw, ldw, x, k, y + i);
 }
 
-// ---- Attention ----
+// ---- Numbers of the cache ----
 
-// Heads that share one pass over the keys and values.
-constexpr int kMaxHeads = 4;
-
-// Scores of n <= 16 keys; score j of head h goes to scores[h * kBlockTokens + j], and those up to the 16th are set.
-template <int kHeads>
-ONEBIT_INLINE void score_keys(const float* q, int d, float inv_sqrt_d, const std::uint16_t* k, int n, float* scores) {
-  const int whole = d / kLaneCount * kLaneCount;
-  Lanes products[kHeads][kLaneCount];
-  for (int j = 0; j < n; ++j, k += d) {
-    Lanes sum[kHeads];
-    ONEBIT_UNROLL
-    for (int h = 0; h < kHeads; ++h) sum[h] = splat(0.0f);
-    for (int c = 0; c < whole; c += kLaneCount) {
-      const Lanes key = load_lanes(k + c);
-      ONEBIT_UNROLL
-      for (int h = 0; h < kHeads; ++h) sum[h] = sum[h] + load_lanes(q + h * d + c) * key;
-    }
-    if (whole < d) {
-      const Lanes key = load_lanes(k + whole, d - whole);
-      ONEBIT_UNROLL
-      for (int h = 0; h < kHeads; ++h) sum[h] = sum[h] + load_lanes(q + h * d + whole, d - whole) * key;
-    }
-    ONEBIT_UNROLL
-    for (int h = 0; h < kHeads; ++h) products[h][j] = sum[h];
-  }
-  ONEBIT_UNROLL
-  for (int h = 0; h < kHeads; ++h) {
-    for (int j = n; j < kLaneCount; ++j) products[h][j] = splat(0.0f);
-    store_lanes(scores + h * kBlockTokens, totals(products[h]) * splat(inv_sqrt_d));
-  }
+ONEBIT_INLINE Bf16 encode(float x, Bf16) {
+  const std::uint32_t bits = bits_of(x);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return {static_cast<std::uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16)};
 }
 
-// Turns the first n scores of a block into weights exp(score - m), m the largest; the rest weigh exp(-infinity) = 0.
-// Returns m, and the sum of the weights in *l.
-ONEBIT_INLINE float weigh(float* scores, int n, float* l) {
-  for (int j = n; j < kBlockTokens; ++j) scores[j] = -__builtin_inff();
-  Lanes largest = splat(-__builtin_inff());
-  for (int j = 0; j < kBlockTokens; j += kLaneCount) {
-    // NaN is never larger, and so passed over.
-    largest = map(largest, load_lanes(scores + j), [](Vector a, Vector b) { return b > a ? b : a; });
-  }
-  float lane[kLaneCount];
-  store_lanes(lane, largest);
-  float m = lane[0];
-  for (int i = 1; i < kLaneCount; ++i) m = lane[i] > m ? lane[i] : m;
-
-  map_values(scores, scores, kBlockTokens, scores, [=](Vector s, Vector) { return exponential(s - m); });
-  *l = lane_sum(scores, kBlockTokens, [](Vector v) { return v; });
-  return m;
+ONEBIT_INLINE E4M3 encode(float x, E4M3) {
+  // Below the smallest normal number, numbers are as far apart as the low bits of this one, so adding it rounds.
+  constexpr float kAnchor = 0x1p14f;
+  const std::uint32_t bits = bits_of(x);
+  const std::uint32_t magnitude = bits & 0x7fffffff;
+  const std::uint32_t normal = ((magnitude + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+  const std::uint32_t small = bits_of(__builtin_bit_cast(float, magnitude) + kAnchor) - bits_of(kAnchor);
+  const std::uint32_t code = magnitude < bits_of(0x1p-6f) ? small : normal < 0x7e ? normal : 0x7e;
+  return {static_cast<std::uint8_t>(code | (bits >> 24 & 0x80))};
 }
 
-// How the block at hand joins the result of the blocks before it.
-struct Merge {
-  bool is_first;
-  float keep;  // factor of the result so far
-  float take;  // factor of this block
-};
-
-// Adds the weighted values of a block, at d positions [c, c + width), to out.
-template <int kHeads, int kChunks>
-ONEBIT_INLINE void mix_values(const float* p, const std::uint16_t* v, int d, int n, int width, const Merge* merge,
-                              float* out) {
-  Lanes sum[kHeads][kChunks];
-  ONEBIT_UNROLL
-  for (int h = 0; h < kHeads; ++h) {
-    ONEBIT_UNROLL
-    for (int c = 0; c < kChunks; ++c) sum[h][c] = splat(0.0f);
-  }
-  const bool is_whole = width == kChunks * kLaneCount;
-  for (int j = 0; j < n; ++j, v += d) {
-    ONEBIT_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      const Lanes value = is_whole ? load_lanes(v + c * kLaneCount) : load_lanes(v, width);
-      ONEBIT_UNROLL
-      for (int h = 0; h < kHeads; ++h) sum[h][c] = sum[h][c] + value * splat(p[h * kBlockTokens + j]);
-    }
-  }
-  ONEBIT_UNROLL
-  for (int h = 0; h < kHeads; ++h) {
-    ONEBIT_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      float* y = out + h * d + c * kLaneCount;
-      const int count = is_whole ? kLaneCount : width;
-      Lanes mixed = sum[h][c];
-      if (!merge[h].is_first) {
-        mixed = load_lanes(y, count) * splat(merge[h].keep) + mixed * splat(merge[h].take);
-      }
-      store_lanes(y, mixed, count);
-    }
-  }
+template <typename T>
+void to_cache(const float* x, int n, void* y) noexcept {
+  T* numbers = static_cast<T*>(y);
+  for (int i = 0; i < n; ++i) numbers[i] = encode(x[i], T{});
 }
 
-template <int kHeads>
-void attend_heads(const float* q, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-                  const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
-  // As many sums as half the registers hold.
-  constexpr int kChunks = kParts == 1 ? 4 : 1;
-  float m[kHeads] = {};
-  float l[kHeads] = {};
-  for (int start = 0; start < n_keys; start += kBlockTokens) {
-    const std::uint16_t* k = k_blocks[start / kBlockTokens];
-    const std::uint16_t* v = v_blocks[start / kBlockTokens];
-    const int n = n_keys - start < kBlockTokens ? n_keys - start : kBlockTokens;
+#include "attention.inl"
 
-    float p[kHeads * kBlockTokens];
-    for (int j = 0; j < n; j += kLaneCount) {
-      score_keys<kHeads>(q, d, inv_sqrt_d, k + j * d, n - j < kLaneCount ? n - j : kLaneCount, p + j);
-    }
-
-    Merge merge[kHeads];
-    ONEBIT_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
-      float block_l;
-      const float block_m = weigh(p + h * kBlockTokens, n, &block_l);
-      if (start == 0) {
-        merge[h] = {true, 0.0f, 1.0f};
-        m[h] = block_m;
-        l[h] = block_l;
-      } else {
-        const float new_m = block_m > m[h] ? block_m : m[h];
-        merge[h] = {false, exponential(m[h] - new_m), exponential(block_m - new_m)};
-        m[h] = new_m;
-        l[h] = l[h] * merge[h].keep + block_l * merge[h].take;
-      }
-    }
-
-    int c = 0;
-    for (; c + kChunks * kLaneCount <= d; c += kChunks * kLaneCount) {
-      mix_values<kHeads, kChunks>(p, v + c, d, n, kChunks * kLaneCount, merge, out + c);
-    }
-    for (; c < d; c += kLaneCount) {
-      mix_values<kHeads, 1>(p, v + c, d, n, d - c < kLaneCount ? d - c : kLaneCount, merge, out + c);
-    }
-  }
-  ONEBIT_UNROLL
-  for (int h = 0; h < kHeads; ++h) {
-    for (int i = 0; i < d; ++i) out[h * d + i] = out[h * d + i] / l[h];
-  }
-}
-
-// attend_heads for the count, at most kHeads, that is known only now.
-template <int kHeads>
-void attend_few(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-                const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
-  if (heads == kHeads) {
-    attend_heads<kHeads>(q, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out);
-  } else if constexpr (kHeads > 1) {
-    attend_few<kHeads - 1>(q, heads, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out);
-  }
-}
-
-void attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-            const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
-  for (int h = 0; h < heads; h += kMaxHeads) {
-    const int count = heads - h < kMaxHeads ? heads - h : kMaxHeads;
-    attend_few<kMaxHeads>(q + h * d, count, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out + h * d);
-  }
-}
-
-// What this file gives to a table of Kernels, in the order of its members.
-#define ONEBIT_LANE_KERNELS                                                                                         \
-  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4,   \
-  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,           \
-  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .to_bf16 = to_bf16, .dot_bf16 = dot_bf16, \
-  .attend = attend
+// What this file and attention.inl give to a table of Kernels, in the order of its members.
+#define ONEBIT_LANE_KERNELS                                                                                       \
+  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4, \
+  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,         \
+  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .dot_bf16 = dot_bf16,                   \
+  .to_cache = {to_cache<Bf16>, to_cache<E4M3>}, .attend = {attend<Bf16>, attend<E4M3>},                           \
+  .merge_splits = merge_splits, .weigh_int8 = weigh_int8, .mix_int8 = mix_int8

@@ -228,58 +228,162 @@ void add(const float* y, int n, float* x) noexcept {
   for (int i = 0; i < n; ++i) x[i] += y[i];
 }
 
-void to_bf16(const float* x, int n, std::uint16_t* y) noexcept {
-  for (int i = 0; i < n; ++i) {
-    const auto bits = std::bit_cast<std::uint32_t>(x[i]);
-    // Rounding would carry a NaN of small payload into infinity: keep its top bits and set the quiet bit.
-    const std::uint32_t rounded = x[i] != x[i] ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
-    y[i] = static_cast<std::uint16_t>(rounded >> 16);
-  }
+// ---- Numbers of the cache ----
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+
+Bf16 encode(float x, Bf16) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  // Rounding would carry a NaN of small payload into infinity: keep its top bits and set the quiet bit.
+  const std::uint32_t rounded = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+  return {static_cast<std::uint16_t>(rounded >> 16)};
 }
 
-float from_bf16(std::uint16_t x) { return std::bit_cast<float>(std::uint32_t{x} << 16); }
+float decode(Bf16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
+
+// Sign, 4 bits of exponent with bias 7, 3 of mantissa. The largest is 448; a larger one, or NaN, becomes that.
+struct E4M3 {
+  std::uint8_t bits;
+};
+
+float decode(E4M3 x) {
+  const int exponent = x.bits >> 3 & 15;
+  const int mantissa = x.bits & 7;
+  const float value = exponent > 0 ? std::ldexp(static_cast<float>(8 + mantissa), exponent - 10)
+                                   : std::ldexp(static_cast<float>(mantissa), -9);
+  return x.bits & 0x80 ? -value : value;
+}
+
+E4M3 encode(float x, E4M3) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const float magnitude = std::fabs(x);
+  std::uint32_t code = 0x7e;
+  if (magnitude < 0x1p-6f) {
+    code = static_cast<std::uint32_t>(std::rint(magnitude * 0x1p9f));
+  } else if (magnitude < 448.0f) {
+    // Rounded to 3 bits of mantissa, which may carry into the exponent; then with the smaller bias.
+    const std::uint32_t rounded = (bits & 0x7fffffff) + 0x7ffff + (bits >> 20 & 1);
+    code = (rounded >> 20) - (120 << 3);
+  }
+  return {static_cast<std::uint8_t>(code | (bits >> 24 & 0x80))};
+}
+
+template <typename T>
+void to_cache(const float* x, int n, void* y) noexcept {
+  T* numbers = static_cast<T*>(y);
+  for (int i = 0; i < n; ++i) numbers[i] = encode(x[i], T{});
+}
 
 void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
-  for (int i = 0; i < n; ++i) y[i] = lane_sum(k, [&](int j) { return from_bf16(w[i * ldw + j]) * x[j]; });
+  for (int i = 0; i < n; ++i) y[i] = lane_sum(k, [&](int j) { return decode(Bf16{w[i * ldw + j]}) * x[j]; });
 }
 
-void attend_one(const float* q, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-                const std::uint16_t* const* v_blocks, int n_keys, float* out) {
-  float m = 0.0f;
-  float l = 0.0f;
+// ---- Attention ----
+
+// The factors of two parts whose largest scores are m and m_b, to be merged; m becomes the larger. That one's factor is 1.
+void merge_factors(float m_b, float* m, float* keep, float* take) {
+  *keep = m_b > *m ? exponential(*m - m_b) : 1.0f;
+  *take = m_b > *m ? 1.0f : exponential(m_b - *m);
+  if (m_b > *m) *m = m_b;
+}
+
+// Turns n scores into weights exp(score - m); returns m, the largest, and the sum of the weights in *l.
+float soften(float* scores, int n, float* l) {
+  float m = -HUGE_VALF;
+  for (int j = 0; j < n; ++j) {
+    if (scores[j] > m) m = scores[j];
+  }
+  for (int j = 0; j < n; ++j) scores[j] = exponential(scores[j] - m);
+  *l = lane_sum(n, [&](int j) { return scores[j]; });
+  return m;
+}
+
+template <typename T>
+void attend_one(const float* q, int d, float inv_sqrt_d, const void* const* k_blocks, const void* const* v_blocks,
+                int n_keys, float* m, float* l, float* o) {
   for (int start = 0; start < n_keys; start += kBlockTokens) {
-    const std::uint16_t* k = k_blocks[start / kBlockTokens];
-    const std::uint16_t* v = v_blocks[start / kBlockTokens];
+    const T* k = static_cast<const T*>(k_blocks[start / kBlockTokens]);
+    const T* v = static_cast<const T*>(v_blocks[start / kBlockTokens]);
     const int n = n_keys - start < kBlockTokens ? n_keys - start : kBlockTokens;
 
     float p[kBlockTokens];
-    float block_m = -HUGE_VALF;
-    for (int j = 0; j < n; ++j) {
-      p[j] = lane_sum(d, [&](int i) { return q[i] * from_bf16(k[j * d + i]); }) * inv_sqrt_d;
-      if (p[j] > block_m) block_m = p[j];
-    }
-    for (int j = 0; j < n; ++j) p[j] = exponential(p[j] - block_m);
-    const float block_l = lane_sum(n, [&](int j) { return p[j]; });
+    for (int j = 0; j < n; ++j) p[j] = lane_sum(d, [&](int i) { return q[i] * decode(k[j * d + i]); }) * inv_sqrt_d;
+    float block_l;
+    const float block_m = soften(p, n, &block_l);
 
-    const bool is_first = start == 0;
-    const float new_m = is_first || block_m > m ? block_m : m;
-    const float keep = is_first ? 0.0f : exponential(m - new_m);
-    const float take = is_first ? 1.0f : exponential(block_m - new_m);
-    m = new_m;
-    l = is_first ? block_l : l * keep + block_l * take;
+    float keep = 0.0f;
+    float take = 1.0f;
+    if (start == 0) {
+      *m = block_m;
+      *l = block_l;
+    } else {
+      merge_factors(block_m, m, &keep, &take);
+      *l = *l * keep + block_l * take;
+    }
     for (int i = 0; i < d; ++i) {
-      float o = 0.0f;
-      for (int j = 0; j < n; ++j) o += p[j] * from_bf16(v[j * d + i]);
-      out[i] = is_first ? o : out[i] * keep + o * take;
+      float sum = 0.0f;
+      for (int j = 0; j < n; ++j) sum += p[j] * decode(v[j * d + i]);
+      o[i] = start == 0 ? sum : o[i] * keep + sum * take;
     }
   }
-  for (int i = 0; i < d; ++i) out[i] = out[i] / l;
 }
 
-void attend(const float* q, int heads, int d, float inv_sqrt_d, const std::uint16_t* const* k_blocks,
-            const std::uint16_t* const* v_blocks, int n_keys, float* out) noexcept {
+template <typename T>
+void attend(const float* q, int heads, int d, float inv_sqrt_d, const void* const* k_blocks,
+            const void* const* v_blocks, int n_keys, float* m, float* l, float* o) noexcept {
   for (int head = 0; head < heads; ++head) {
-    attend_one(q + head * d, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, out + head * d);
+    attend_one<T>(q + head * d, d, inv_sqrt_d, k_blocks, v_blocks, n_keys, m + head, l + head, o + head * d);
+  }
+}
+
+void merge_splits(int heads, int d, const float* m_b, const float* l_b, const float* o_b, float* m, float* l,
+                  float* o) noexcept {
+  for (int head = 0; head < heads; ++head) {
+    float keep, take;
+    merge_factors(m_b[head], m + head, &keep, &take);
+    l[head] = l[head] * keep + l_b[head] * take;
+    for (int i = head * d; i < (head + 1) * d; ++i) o[i] = o[i] * keep + o_b[i] * take;
+  }
+}
+
+void weigh_int8(const std::int32_t* hi, const std::int32_t* lo, std::ptrdiff_t ld, const float* k_scale,
+                const float* v_scale, float q_scale, int n, Int8Weights* weights, float* m, float* l) noexcept {
+  float w[kBlockTokens];
+  for (int j = 0; j < n; ++j) {
+    const std::ptrdiff_t at = j / kLanes * ld + j % kLanes;
+    w[j] = (static_cast<float>(hi[at] * 128 + lo[at]) * k_scale[j]) * q_scale;
+  }
+  float block_l;
+  const float block_m = soften(w, n, &block_l);
+  merge_factors(block_m, m, &weights->keep, &weights->take);
+  *l = *l * weights->keep + block_l * weights->take;
+
+  float largest = 0.0f;
+  for (int j = 0; j < n; ++j) {
+    w[j] = w[j] * v_scale[j];
+    // Once NaN, always NaN.
+    if (!(w[j] <= largest)) largest = largest != largest ? largest : w[j];
+  }
+  const float factor = 16256.0f / largest;
+  weights->scale = largest / 16256.0f;
+  weights->hi_sum = weights->lo_sum = 0;
+  for (int j = 0; j < kBlockTokens; ++j) {
+    const int code = j < n ? round_clamped(w[j] * factor, -16256, 16256) : 0;
+    weights->hi[j] = static_cast<std::int8_t>((code + 64) >> 7);
+    weights->lo[j] = static_cast<std::int8_t>(code - 128 * weights->hi[j]);
+    weights->hi_sum += weights->hi[j];
+    weights->lo_sum += weights->lo[j];
+  }
+}
+
+void mix_int8(const std::int32_t* hi, const std::int32_t* lo, std::ptrdiff_t ld, const Int8Weights& weights, int d,
+              float* o) noexcept {
+  for (int i = 0; i < d; ++i) {
+    const std::ptrdiff_t at = i / kLanes * ld + i % kLanes;
+    const float value = static_cast<float>(hi[at] * 128 + lo[at]) * weights.scale;
+    o[i] = o[i] * weights.keep + value * weights.take;
   }
 }
 
@@ -301,9 +405,12 @@ const Kernels kScalar = {
     .silu_mul = silu_mul,
     .relu2_mul = relu2_mul,
     .add = add,
-    .to_bf16 = to_bf16,
     .dot_bf16 = dot_bf16,
-    .attend = attend,
+    .to_cache = {to_cache<Bf16>, to_cache<E4M3>},
+    .attend = {attend<Bf16>, attend<E4M3>},
+    .merge_splits = merge_splits,
+    .weigh_int8 = weigh_int8,
+    .mix_int8 = mix_int8,
 };
 
 }  // namespace onebit

@@ -39,6 +39,8 @@ struct Case {
   float b[kValues];
   float angles[2][kWidth / 2];
   float q[kHeads * kWidth];
+  float scales[kBlockTokens + 1];
+  // bfloat16; their bytes are numbers of fp8.
   std::uint16_t keys[2][kBlockTokens * kWidth];
   std::uint16_t values[2][kBlockTokens * kWidth];
 
@@ -56,6 +58,7 @@ struct Case {
       for (auto& value : row) value = random.value();
     }
     for (auto& value : q) value = random.value();
+    for (auto& value : scales) value = 4.5f + random.value();
     for (auto& block : keys) {
       for (auto& value : block) value = static_cast<std::uint16_t>(0x3f00 + random.between(0, 255));
     }
@@ -79,9 +82,18 @@ struct Answers {
   float rotated[kHeads * kWidth];
   float gated[2][kValues];
   float added[kValues];
-  std::uint16_t halves[kValues];
   float dots[3];
-  float attended[kHeads * kWidth];
+  std::uint16_t halves[kValues];
+  std::uint8_t bytes[kValues];
+  float m[kFloatFormats][kHeads];
+  float l[kFloatFormats][kHeads];
+  float attended[kFloatFormats][kHeads * kWidth];
+  float merged_ml[2][kHeads];
+  float merged[kHeads * kWidth];
+  std::int8_t weights[2][kBlockTokens];
+  std::int32_t weight_sums[2];
+  float factors[5];
+  float mixed[kWidth];
 
   Answers(const Kernels& table, const Case& given) noexcept {
     std::memset(static_cast<void*>(this), 0, sizeof *this);
@@ -107,11 +119,30 @@ struct Answers {
     table.relu2_mul(g.a, g.b, kValues, gated[1]);
     std::memcpy(added, g.a, sizeof added);
     table.add(g.b, kValues, added);
-    table.to_bf16(g.a, kValues, halves);
     table.dot_bf16(g.keys[0], kValues + 3, g.a, 3, kValues, dots);
-    const std::uint16_t* const keys[] = {g.keys[0], g.keys[1]};
-    const std::uint16_t* const values[] = {g.values[0], g.values[1]};
-    table.attend(g.q, kHeads, kWidth, 0.25f, keys, values, kKeys, attended);
+    table.to_cache[0](g.a, kValues, halves);
+    table.to_cache[1](g.a, kValues, bytes);
+    const void* const keys[] = {g.keys[0], g.keys[1]};
+    const void* const values[] = {g.values[0], g.values[1]};
+    for (int f = 0; f < kFloatFormats; ++f) {
+      // Bytes of bfloat16 are large numbers of fp8.
+      table.attend[f](g.q, kHeads, kWidth, f == 0 ? 0.25f : 0.0002f, keys, values, kKeys, m[f], l[f], attended[f]);
+    }
+    std::memcpy(merged, attended[0], sizeof merged);
+    std::memcpy(merged_ml[0], m[0], sizeof m[0]);
+    std::memcpy(merged_ml[1], l[0], sizeof l[0]);
+    table.merge_splits(kHeads, kWidth, m[1], l[1], attended[1], merged_ml[0], merged_ml[1], merged);
+
+    Int8Weights block = {weights[0], weights[1], 0, 0, 0.0f, 0.0f, 0.0f};
+    factors[3] = 1.0f;
+    table.weigh_int8(sums, sums + kBlockTokens, 16, g.scales, g.scales + 1, 1e-5f, kBlockTokens - 3, &block,
+                     &factors[3], &factors[4]);
+    weight_sums[0] = block.hi_sum;
+    weight_sums[1] = block.lo_sum;
+    factors[0] = block.scale;
+    factors[1] = block.keep;
+    factors[2] = block.take;
+    table.mix_int8(sums, sums + kBlockTokens, 16, block, kWidth, mixed);
   }
 };
 

@@ -234,8 +234,8 @@ void dot_few(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx,
 template <typename Layout>
 void dot_tile(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums, int m,
               int k, std::int32_t* out) noexcept {
-  // As many as keep all plane sums in registers.
-  constexpr int kTokens = kAccumulators / Layout::kPlanes < 6 ? kAccumulators / Layout::kPlanes : 6;
+  // As many as keep all plane sums in registers, and as attention over an int8 cache has in one step.
+  constexpr int kTokens = kAccumulators / Layout::kPlanes < 8 ? kAccumulators / Layout::kPlanes : 8;
   for (int i = 0; i < m; i += kTokens) {
     const int count = m - i < kTokens ? m - i : kTokens;
     dot_few<Layout, kTokens>(tile, x + i * ldx, ldx, sums ? sums + i : nullptr, count, k,

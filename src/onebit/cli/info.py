@@ -121,7 +121,7 @@ def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     table = _table("memory", "")
     table.add_row("file", f"{size:,} bytes, mapped: pages that are not used may leave memory")
     table.add_row("read by each token", f"{read:,} bytes of weights")
-    for kv_cache in memory.KV_VALUE_BYTES:
+    for kv_cache in memory.KV_FORMATS:
         size = 1000 * memory.position_bytes(config, kv_cache)
         table.add_row(f"keys, values as {kv_cache}", f"{size:,} bytes for 1,000 tokens")
     table.add_row("available now", "unknown" if available is None else f"{available:,} bytes")

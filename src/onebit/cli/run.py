@@ -36,7 +36,7 @@ def run(
         bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
-    kv_cache: Annotated[str, typer.Option(help="Number format of the key-value cache.")] = "bf16",
+    kv_cache: Annotated[str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")] = "bf16",
     speculation: Annotated[
         bool, typer.Option(help="Guess repeated tokens ahead; the text is the same.")
     ] = True,
@@ -115,7 +115,7 @@ def _summary(llm: "LLM", output: "Output | None", n_tokens: int, seed: int) -> s
         if output.timings.drafted:
             facts.append(f"{output.timings.accepted} of {output.timings.drafted} guesses right")
     threads = "1 thread" if llm.model.threads == 1 else f"{llm.model.threads} threads"
-    if llm.shortlist:
+    if llm.label != llm.checkpoint.label:
         facts.append(llm.label)
     return " | ".join([*facts, f"{llm.model.isa} kernels, {threads}", f"seed {seed}"])
 

@@ -99,6 +99,7 @@ class Engine:
         max_step_tokens: most tokens in one forward pass.
         speculation: guesses tokens ahead, to compute several of a text in one step; None goes one by one. The
             tokens are the same.
+        kv_cache: number format of keys and values.
     """
 
     def __init__(
@@ -108,12 +109,13 @@ class Engine:
         n_blocks: int,
         max_step_tokens: int = MAX_STEP_TOKENS,
         speculation: Speculation | None = None,
+        kv_cache: str = "bf16",
     ) -> None:
         self.pool = BlockPool(n_blocks, BLOCK_TOKENS)
         self._model = model
         self._tokenizer = tokenizer
         self._speculation = speculation
-        self._cache = model.new_cache(n_blocks)
+        self._cache = model.new_cache(n_blocks, kv_cache)
         self._scheduler: Scheduler[Generation] = Scheduler(self.pool, max_step_tokens)
         self._n_steps = self._next_draft = 0
         # What a step hands to the core; filled anew for each.

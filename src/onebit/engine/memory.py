@@ -20,13 +20,17 @@ PROCESS_BYTES = 64_000_000
 # Of a solid-state disk; a guess, named as one wherever it is used.
 DISK_BYTES_PER_S = 1_000_000_000
 
-# Bytes of one key or value in each number format of the cache.
-KV_VALUE_BYTES = {"bf16": 2}
+# Number formats of the cache: the reference, then 8 bits as codes with a float32 scale for each key and value, then
+# 8 bits as floats (e4m3).
+KV_FORMATS = ("bf16", "int8", "fp8")
 
 
 def position_bytes(config: ModelConfig, kv_cache: str = "bf16") -> int:
     """Bytes that one position of a text takes in the cache: a key and a value in every layer and key-value head."""
-    return 2 * config.n_layers * config.n_kv_heads * config.d_head * KV_VALUE_BYTES[kv_cache]
+    width = config.d_head
+    # int8 vectors are padded to whole lanes.
+    vector = {"bf16": 2 * width, "int8": -(-width // 16) * 16 + 4, "fp8": width}[kv_cache]
+    return 2 * config.n_layers * config.n_kv_heads * vector
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -80,17 +80,18 @@ class Model:
         """Threads that compute."""
         return self._core.threads
 
-    def new_cache(self, n_blocks: int) -> KvCache:
+    def new_cache(self, n_blocks: int, kv_cache: str = "bf16") -> KvCache:
         """Make an empty cache of keys and values.
 
         Args:
             n_blocks: blocks of BLOCK_TOKENS positions.
+            kv_cache: number format, one of `onebit.engine.memory.KV_FORMATS`.
 
         Raises:
-            ValueError: no block at all.
+            ValueError: no block at all, an unknown format, or heads too wide for int8.
             MemoryError: more blocks than memory holds.
         """
-        return self._core.new_cache(n_blocks)
+        return self._core.new_cache(n_blocks, kv_cache)
 
     def forward(
         self,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from onebit.quant import lane_sum, quantize_a15, quantize_rows
 
-# Positions that make up one split of the keys.
-SPLIT_KEYS = 64
+# Keys of a block, and blocks of a split.
+BLOCK_KEYS = 64
+SPLIT_BLOCKS = 8
 
 _INVERSE_LN_2 = float.fromhex("0x1.715476p+0")
 # ln 2 in two parts, the first short enough for a multiple of it to be exact.
@@ -48,7 +49,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
-    """Causal attention with the keys cut into splits of 64, which merge in ascending order.
+    """Causal attention: blocks of 64 keys merge into splits of 512, and splits merge, both in ascending order.
 
     Args:
         q_BNTH: float32 [B, N, T, H].
@@ -58,32 +59,47 @@ def attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     Returns:
         float32 [B, N, T, H].
     """
+    n_tokens = q_BNTH.shape[2]
+    split_keys = SPLIT_BLOCKS * BLOCK_KEYS
+    total: State | None = None
+    for split in range(0, n_tokens, split_keys):
+        state: State | None = None
+        for start in range(split, min(split + split_keys, n_tokens), BLOCK_KEYS):
+            block = _attend_block(q_BNTH, k_BNTH, v_BNTH, start)
+            state = block if state is None else _merge(state, block, start)
+        assert state is not None
+        total = state if total is None else _merge(total, state, split)
+    assert total is not None
+    return total[2] / total[1]
+
+
+# The largest score, the sum of the weights, and the weighted sum of the values.
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def _attend_block(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, start: int) -> State:
     n_tokens, width = q_BNTH.shape[-2:]
     inv_sqrt = 1 / torch.tensor(float(width), dtype=torch.float64).sqrt().float()
     at = torch.arange(n_tokens, device=q_BNTH.device)
-    out = total = m = torch.zeros(())
-    for start in range(0, n_tokens, SPLIT_KEYS):
-        k_BNJH, v_BNJH = (x[:, :, start : start + SPLIT_KEYS] for x in (k_BNTH, v_BNTH))
-        visible_TJ = at[:, None] >= at[start : start + SPLIT_KEYS]
-        score = lane_sum(q_BNTH[:, :, :, None] * k_BNJH[:, :, None])[..., 0] * inv_sqrt
-        score = score.masked_fill(~visible_TJ, -torch.inf)
-        split_m = score.amax(-1, keepdim=True)
-        p_BNTJ = torch.where(visible_TJ, exp(score - split_m), 0.0)
-        split_total = lane_sum(p_BNTJ)
-        o_BNTH = torch.zeros_like(q_BNTH)
-        for j in range(k_BNJH.shape[2]):
-            o_BNTH = o_BNTH + p_BNTJ[..., j : j + 1] * v_BNJH[:, :, None, j]
-        if start == 0:
-            out, total, m = o_BNTH, split_total, split_m
-            continue
-        new_m = torch.maximum(m, split_m)
-        keep, take = exp(m - new_m), exp(split_m - new_m)
-        # Tokens before this split see none of it.
-        sees = (at >= start)[:, None]
-        out = torch.where(sees, out * keep + o_BNTH * take, out)
-        total = torch.where(sees, total * keep + split_total * take, total)
-        m = new_m
-    return out / total
+    k_BNJH, v_BNJH = (x[:, :, start : start + BLOCK_KEYS] for x in (k_BNTH, v_BNTH))
+    visible_TJ = at[:, None] >= at[start : start + BLOCK_KEYS]
+    score = lane_sum(q_BNTH[:, :, :, None] * k_BNJH[:, :, None])[..., 0] * inv_sqrt
+    score = score.masked_fill(~visible_TJ, -torch.inf)
+    m = score.amax(-1, keepdim=True)
+    p_BNTJ = torch.where(visible_TJ, exp(score - m), 0.0)
+    o_BNTH = torch.zeros_like(q_BNTH)
+    for j in range(k_BNJH.shape[2]):
+        o_BNTH = o_BNTH + p_BNTJ[..., j : j + 1] * v_BNJH[:, :, None, j]
+    return m, lane_sum(p_BNTJ), o_BNTH
+
+
+def _merge(before: State, part: State, start: int) -> State:
+    """Add a part that begins at `start`; tokens before it see none of it."""
+    new_m = torch.maximum(before[0], part[0])
+    keep, take = exp(before[0] - new_m), exp(part[0] - new_m)
+    sees = (torch.arange(part[0].shape[2], device=part[0].device) >= start)[:, None]
+    total, out = (torch.where(sees, x * keep + y * take, x) for x, y in zip(before[1:], part[1:], strict=True))
+    return torch.where(sees, new_m, before[0]), total, out
 
 
 def head(x: Tensor, w: Tensor) -> Tensor:
