@@ -217,7 +217,7 @@ def test_an_empty_list_of_texts_is_an_empty_prompt(llm):
 
 def test_load_refuses_what_it_cannot_run(tmp_path):
     formats.write(quantize(tiny.master()), tmp_path / "model.onebit")
-    with pytest.raises(ValueError, match="kv_cache is 'int3'; expected 'bf16'"):
+    with pytest.raises(ValueError, match="kv_cache is 'int3'; expected bf16, int8, fp8"):
         onebit.load(tmp_path / "model.onebit", kv_cache="int3")
     with pytest.raises(ValueError, match="threads is 0"):
         onebit.load(tmp_path / "model.onebit", threads=0)

@@ -472,7 +472,8 @@ NB_MODULE(_core, m) {
   m.doc() = "The compiled core of onebit. Only onebit.engine.model imports it.";
   m.attr("BLOCK_TOKENS") = onebit::kBlockTokens;
   m.attr("SPLIT_TOKENS") = onebit::kSplitTokens;
-  m.attr("KV_FORMATS") = nb::tuple(nb::cast(std::vector<std::string>(std::begin(onebit::kKvFormatNames), std::end(onebit::kKvFormatNames))));
+  m.attr("KV_FORMATS") = nb::tuple(
+      nb::cast(std::vector<std::string>(std::begin(onebit::kKvFormatNames), std::end(onebit::kKvFormatNames))));
   auto kernels = m.def_submodule("kernels", "Every kernel of every instruction set, for tests.");
   bind_kernels(kernels);
 

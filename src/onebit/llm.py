@@ -153,7 +153,7 @@ class LLM:
 
     @property
     def label(self) -> str:
-        """The label of the checkpoint with the cache in use, as in "W1.58A8KV8", and a shortlist that is only probable."""
+        """The checkpoint's label with the cache in use, as in "W1.58A8KV8", and a shortlist that is only probable."""
         bits = {"bf16": "16", "int8": "8", "fp8": "fp8"}[self.kv_cache]
         label = self.checkpoint.label.replace("KV16", f"KV{bits}")
         return label + (f" + {self.shortlist} shortlist" if self.shortlist else "")

@@ -1,4 +1,4 @@
-"""The kernels of the key-value cache, on every instruction set. Kinds: exact (numbers, codes), invariant (equal bits)."""
+"""Kernels of the key-value cache, on every instruction set. Kinds: exact (numbers, codes), invariant (equal bits)."""
 
 import numpy as np
 import pytest
@@ -115,7 +115,9 @@ def test_attend(isa, kv_format, d, n_keys, rng):
             found[2] / found[1][:, None] / abs(v).max(), expected / abs(v).max(), atol=ATTEND_ATOL
         )
         if isa != "scalar":
-            for ours, plain in zip(found, attend("scalar", kv_format, q, rows, n_keys, inv_sqrt_d), strict=True):
+            for ours, plain in zip(
+                found, attend("scalar", kv_format, q, rows, n_keys, inv_sqrt_d), strict=True
+            ):
                 assert_same_bits(ours, plain)
         for ours, alone in zip(found, attend(isa, kv_format, q[-1:], rows, n_keys, inv_sqrt_d), strict=True):
             assert_same_bits(ours[-1:], alone)
@@ -151,7 +153,9 @@ def test_merge_splits(isa, d, rng):
         merged = [fenced(x) for x in attend(isa, "bf16", q, rows[:, first : first + 64], 64, 0.25)]
         part = attend(isa, "bf16", q, rows[:, second : second + 64], 64, 0.25)
         kernels.merge_splits(isa, *map(fenced, part), *merged)
-        whole = attend(isa, "bf16", q, np.concatenate(np.split(rows, 2, 1)[:: 1 if first == 0 else -1], 1), 128, 0.25)
+        whole = attend(
+            isa, "bf16", q, np.concatenate(np.split(rows, 2, 1)[:: 1 if first == 0 else -1], 1), 128, 0.25
+        )
         for a, b in zip(merged, whole, strict=True):
             assert_same_bits(a, b)
 
@@ -162,7 +166,9 @@ def test_merge_splits(isa, d, rng):
 def weigh(isa, hi, lo, k_scale, v_scale, q_scale, n, m=-np.inf, l=0.0):  # noqa: E741
     planes = empty(64, np.int8), empty(64, np.int8)
     scales = fenced(k_scale), fenced(v_scale)
-    hi_sum, lo_sum, *rest = kernels.weigh_int8(isa, fenced(hi), fenced(lo), *scales, q_scale, n, *planes, m, l)
+    hi_sum, lo_sum, *rest = kernels.weigh_int8(
+        isa, fenced(hi), fenced(lo), *scales, q_scale, n, *planes, m, l
+    )
     assert (hi_sum, lo_sum) == tuple(int(plane.astype(int).sum()) for plane in planes)
     return planes, np.array(rest, np.float32)
 
@@ -204,7 +210,12 @@ def test_weigh_int8(isa, n, rng):
 @pytest.mark.parametrize("where", ["k_scale", "v_scale", "m", "l"])
 def test_weigh_int8_agrees_on_special_values(isa, special, where, rng):
     hi, lo = products(rng)
-    values = {"k_scale": np.full(64, 0.01, np.float32), "v_scale": np.full(64, 0.02, np.float32), "m": 0.5, "l": 3.0}
+    values = {
+        "k_scale": np.full(64, 0.01, np.float32),
+        "v_scale": np.full(64, 0.02, np.float32),
+        "m": 0.5,
+        "l": 3.0,
+    }
     if where.endswith("scale"):
         # Scales are magnitudes.
         values[where][11] = abs(special)

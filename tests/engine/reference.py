@@ -5,13 +5,14 @@ Quantisers are those of quant.py and integer sums are exact; smooth work is floa
 
 import numpy as np
 
+from core.reference import fp8_values, to_fp8
 from onebit import quant
 from onebit.checkpoint import Checkpoint, to_dense
 from onebit.config import ModelConfig
 from onebit.packing import PackedTensor, unpack
 
 
-def logits(checkpoint: Checkpoint, tokens: list[int]) -> np.ndarray:
+def logits(checkpoint: Checkpoint, tokens: list[int], kv_cache: str = "bf16") -> np.ndarray:
     """float32 [T, V] of all tokens of a sequence."""
     config = checkpoint.config
     weights = checkpoint.tensors
@@ -33,7 +34,11 @@ def logits(checkpoint: Checkpoint, tokens: list[int]) -> np.ndarray:
         q_TNH = rotated(linear(h_TD, "q").reshape(len(tokens), config.n_heads, -1), cos_TH, sin_TH)
         k_TKH = rotated(linear(h_TD, "k").reshape(len(tokens), config.n_kv_heads, -1), cos_TH, sin_TH)
         v_TKH = linear(h_TD, "v").reshape(len(tokens), config.n_kv_heads, -1)
-        a_TD = attention(q_TNH, bf16(k_TKH), bf16(v_TKH))
+        if kv_cache == "int8":
+            a_TD = attention_int8(q_TNH, k_TKH, v_TKH)
+        else:
+            rounded = {"bf16": bf16, "fp8": fp8}[kv_cache]
+            a_TD = attention(q_TNH, rounded(k_TKH), rounded(v_TKH))
         if config.sub_norm:
             a_TD = norm(a_TD, f"{layer}attn_sub_norm.weight")
         x_TD = x_TD + linear(a_TD, "o")
@@ -90,6 +95,36 @@ def rotated(x_TNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray) -> np.nda
     a, b = np.split(x_TNH, 2, axis=-1)
     cos, sin = cos_TH[:, None], sin_TH[:, None]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attention_int8(q_TNH: np.ndarray, k_TKH: np.ndarray, v_TKH: np.ndarray) -> np.ndarray:
+    """Attention over codes: queries of 15 bits, keys and values of 8, and weights of 15 in blocks of 64 keys."""
+    n_tokens, n_heads, d_head = q_TNH.shape
+    group = n_heads // k_TKH.shape[1]
+    q_codes, q_scale = quant.quantize_a15(q_TNH)
+    k_codes, k_scale = (np.repeat(x, group, axis=1) for x in quant.quantize_a8(k_TKH))
+    v_codes, v_scale = (np.repeat(x, group, axis=1) for x in quant.quantize_a8(v_TKH))
+    sums_NTS = np.einsum("tnh,snh->nts", q_codes.astype(np.float64), k_codes.astype(np.float64))
+    factor_TN1 = q_scale * (np.float32(1) / np.sqrt(np.float32(d_head)))
+    scores_NTS = sums_NTS.astype(np.float32) * k_scale.transpose(1, 2, 0) * factor_TN1.transpose(1, 0, 2)
+    scores_NTS = np.where(np.tri(n_tokens, dtype=bool), scores_NTS, -np.inf)
+    m_NT1 = scores_NTS.max(-1, keepdims=True)
+    out_NTH = np.zeros((n_heads, n_tokens, d_head), np.float32)
+    for start in range(0, n_tokens, 64):
+        block = slice(start, start + 64)
+        sees_NT1 = np.isfinite(scores_NTS[:, :, start : start + 1])
+        block_m_NT1 = np.where(sees_NT1, scores_NTS[:, :, block].max(-1, keepdims=True), 0)
+        w_NTJ = np.exp(scores_NTS[:, :, block] - block_m_NT1) * v_scale[block].transpose(1, 2, 0)
+        step_NT1 = np.maximum(w_NTJ.max(-1, keepdims=True), np.float32(1e-30)) / np.float32(16256)
+        o_NTH = np.rint(w_NTJ / step_NT1) @ v_codes[block].transpose(1, 0, 2).astype(np.float32) * step_NT1
+        out_NTH += np.where(sees_NT1, o_NTH * np.exp(block_m_NT1 - m_NT1), 0)
+    total_NT1 = np.exp(scores_NTS - m_NT1).sum(-1, keepdims=True)
+    return (out_NTH / total_NT1).transpose(1, 0, 2).reshape(n_tokens, -1)
+
+
+def fp8(x: np.ndarray) -> np.ndarray:
+    """Rounded to e4m3, ties to even."""
+    return fp8_values()[to_fp8(x)]
 
 
 def bf16(x: np.ndarray) -> np.ndarray:

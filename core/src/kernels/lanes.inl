@@ -475,9 +475,9 @@ void to_cache(const float* x, int n, void* y) noexcept {
 #include "attention.inl"
 
 // What this file and attention.inl give to a table of Kernels, in the order of its members.
-#define ONEBIT_LANE_KERNELS                                                                                       \
-  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4, \
-  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,         \
-  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .dot_bf16 = dot_bf16,                   \
-  .to_cache = {to_cache<Bf16>, to_cache<E4M3>}, .attend = {attend<Bf16>, attend<E4M3>},                           \
-  .merge_splits = merge_splits, .weigh_int8 = weigh_int8, .mix_int8 = mix_int8
+#define ONEBIT_LANE_KERNELS                                                                                           \
+  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4,     \
+  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,             \
+  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .dot_bf16 = dot_bf16,                       \
+  .to_cache = {to_cache<Bf16>, to_cache<E4M3>}, .attend = {attend<Bf16>, attend<E4M3>}, .merge_splits = merge_splits, \
+  .weigh_int8 = weigh_int8, .mix_int8 = mix_int8

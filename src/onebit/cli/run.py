@@ -36,7 +36,9 @@ def run(
         bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
-    kv_cache: Annotated[str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")] = "bf16",
+    kv_cache: Annotated[
+        str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
+    ] = "bf16",
     speculation: Annotated[
         bool, typer.Option(help="Guess repeated tokens ahead; the text is the same.")
     ] = True,

@@ -24,8 +24,9 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 KvCache = _core.KvCache
 
-# Positions in one block of a KvCache.
+# Positions in one block of a KvCache, and in one split of the keys of attention.
 BLOCK_TOKENS: int = _core.BLOCK_TOKENS
+SPLIT_TOKENS: int = _core.SPLIT_TOKENS
 
 MAX_THREADS = 1024
 

@@ -98,7 +98,9 @@ def _merge(before: State, part: State, start: int) -> State:
     new_m = torch.maximum(before[0], part[0])
     keep, take = exp(before[0] - new_m), exp(part[0] - new_m)
     sees = (torch.arange(part[0].shape[2], device=part[0].device) >= start)[:, None]
-    total, out = (torch.where(sees, x * keep + y * take, x) for x, y in zip(before[1:], part[1:], strict=True))
+    total, out = (
+        torch.where(sees, x * keep + y * take, x) for x, y in zip(before[1:], part[1:], strict=True)
+    )
     return torch.where(sees, new_m, before[0]), total, out
 
 
