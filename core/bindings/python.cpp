@@ -349,10 +349,11 @@ void check_sequences(const onebit::Batch& batch, int n_blocks) {
   }
 }
 
-using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+// float32 [n_rows, n_vocab] to write to.
+using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts,
-               nb::handle block_tables, nb::handle rows, nb::handle top_k, onebit::KvCache& cache) {
+void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts, nb::handle block_tables,
+             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Logits logits) {
   const onebit::ModelConfig& config = self.model->config();
   const auto tokens_T = array<std::int32_t>(tokens, "tokens", 1);
   const auto positions_T = array<std::int32_t>(positions, "positions", 1);
@@ -388,15 +389,11 @@ Logits forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::ha
   };
   check_sequences(batch, cache.n_blocks());
 
-  const std::size_t n_rows = static_cast<std::size_t>(batch.n_rows);
-  const std::size_t n_vocab = static_cast<std::size_t>(config.vocab_size);
-  std::unique_ptr<float[]> logits(new float[n_rows * n_vocab]);
-  {
-    nb::gil_scoped_release release;
-    self.model->forward(batch, cache, logits.get());
-  }
-  nb::capsule owner(logits.get(), [](void* p) noexcept { delete[] static_cast<float*>(p); });
-  return Logits(logits.release(), {n_rows, n_vocab}, owner);
+  require(static_cast<std::int64_t>(logits.shape(0)) == batch.n_rows &&
+              static_cast<std::int64_t>(logits.shape(1)) == config.vocab_size,
+          "logits: expected room for ", shape_text({batch.n_rows, config.vocab_size}), " values");
+  nb::gil_scoped_release release;
+  self.model->forward(batch, cache, logits.data());
 }
 
 void check_logits(const float* logits, std::int64_t n) {
@@ -544,13 +541,13 @@ NB_MODULE(_core, m) {
           "n_blocks"_a, "kv_cache"_a,
           "A cache of n_blocks blocks for this model, all zeros; kv_cache: one of KV_FORMATS.")
       .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "top_k"_a,
-           "cache"_a,
+           "cache"_a, "logits"_a.noconvert(),
            nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "
                    "numpy.typing.NDArray[numpy.int32], "
                    "seq_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], "
                    "rows: numpy.typing.NDArray[numpy.int32], top_k: numpy.typing.NDArray[numpy.int32], "
-                   "cache: KvCache) -> numpy.typing.NDArray[numpy.float32]"),
-           "Logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
+                   "cache: KvCache, logits: numpy.typing.NDArray[numpy.float32]) -> None"),
+           "Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
       .def_prop_ro(
           "isa", [](const OwnedModel& self) { return std::string(self.model->kernels().name); },
           "Instruction set of the kernels.")

@@ -90,8 +90,9 @@ class Model:
         rows: numpy.typing.NDArray[numpy.int32],
         top_k: numpy.typing.NDArray[numpy.int32],
         cache: KvCache,
-    ) -> numpy.typing.NDArray[numpy.float32]:
-        """Logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""
+        logits: numpy.typing.NDArray[numpy.float32],
+    ) -> None:
+        """Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""
 
     @property
     def isa(self) -> str:

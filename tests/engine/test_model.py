@@ -211,6 +211,19 @@ def test_only_rows_asked_for_come_back():
     assert model.forward(**call | {"rows": np.array([], np.int32)}).shape == (0, model.config.vocab_size)
 
 
+def test_logits_go_where_they_are_wanted():
+    model = Model(quantize(tiny.master()))
+    call = arguments(model, n_tokens=5)
+    room = np.empty((3, model.config.vocab_size), np.float32)
+    logits = model.forward(**call, out=room[:1])
+    assert np.shares_memory(logits, room) and same_bits(logits, model.forward(**call))
+    frozen = room[:1].copy()
+    frozen.setflags(write=False)
+    for wrong in (room, room[:1, ::2], room[:1].astype(np.float64), frozen):
+        with pytest.raises((ValueError, TypeError)):
+            model.forward(**call, out=wrong)
+
+
 def test_sequences_without_tokens_are_skipped():
     model = Model(quantize(tiny.master()))
     call = arguments(model, n_tokens=5)

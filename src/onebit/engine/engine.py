@@ -126,6 +126,7 @@ class Engine:
         self._top_k = np.empty(max_step_tokens, np.int32)
         self._starts = np.zeros(1, np.int32)
         self._tables = np.zeros((0, 0), np.int32)
+        self._logits = np.empty((0, model.config.vocab_size), np.float32)
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
         """Queue a prompt.
@@ -249,6 +250,8 @@ class Engine:
                     n_rows += 1
         # A few steps without guesses suffice to compare with.
         is_timed = is_decoding and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
+        if len(self._logits) < n_rows:
+            self._logits = np.empty((n_rows, self._logits.shape[1]), np.float32)
         begun_s = time.perf_counter() if is_timed else 0.0
         logits_RV = self._model.forward(
             self._tokens[:n_tokens],
@@ -258,6 +261,7 @@ class Engine:
             self._rows[:n_rows],
             self._cache,
             self._top_k[:n_rows],
+            self._logits[:n_rows],
         )
         if self._speculation and is_timed:
             self._speculation.observe(n_tokens, time.perf_counter() - begun_s)

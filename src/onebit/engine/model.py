@@ -103,6 +103,7 @@ class Model:
         rows: Int32,
         cache: KvCache,
         top_k: Int32 | None = None,
+        out: Float32 | None = None,
     ) -> Float32:
         """Run sequences, one after another in `tokens`, and return the logits of some of their tokens.
 
@@ -119,15 +120,18 @@ class Model:
             cache: from `new_cache` of this model.
             top_k: int32 [R], how many of the best logits of each row are needed; 0 or None: all. The others may
                 be -infinity; equal ones of the k-th best are kept.
+            out: float32 [R, V], memory for the result; None makes some.
 
         Returns:
-            float32 [R, V].
+            float32 [R, V], out if it is given.
 
         Raises:
             ValueError: an array of another dtype or shape, or a value out of range.
         """
         top_k = np.zeros(len(rows), np.int32) if top_k is None else top_k
-        return self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache)
+        out = np.empty((len(rows), self.config.vocab_size), np.float32) if out is None else out
+        self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache, out)
+        return out
 
 
 def sample(
