@@ -70,6 +70,25 @@ void dot_tile(const std::string& isa, const std::string& encoding, Array<const s
                                                      sums.data(), m, static_cast<int>(k), out.data());
 }
 
+// Of two tiles of Q8 that share one array; returns whether the table has this kernel.
+bool dot_pair(const std::string& isa, Array<const std::uint8_t, 3> tiles, Array<const std::int8_t, 2> x,
+              Array<const std::int32_t, 1> sums, int k, Array<std::int32_t, 3> out) {
+  require(tiles.shape(0) == 2 && tiles.shape(2) == 64, "tiles: expected two of units of 64 bytes");
+  require(k >= 16 && k % kInputAlign == 0 && static_cast<std::size_t>(k) <= tiles.shape(1) * 4 && k <= kMaxDotInputs &&
+              x.shape(1) >= static_cast<std::size_t>(k),
+          "k: expected a multiple of 16, at most the inputs of a tile and of x");
+  const int m = length(x.shape(0));
+  length(x.size());
+  require_length("sums", sums.size(), x.shape(0));
+  require(out.shape(0) == 2 && out.shape(1) == x.shape(0) && out.shape(2) == 16, "out: expected [2, tokens, 16]");
+  const auto kernel = kernels_of(isa).dot_pair;
+  if (kernel) {
+    kernel(tiles.data(), static_cast<std::ptrdiff_t>(tiles.shape(1) * 64), x.data(),
+           static_cast<std::ptrdiff_t>(x.shape(1)), sums.data(), m, k, out.data());
+  }
+  return kernel != nullptr;
+}
+
 void scale_sums(const std::string& isa, Array<const std::int32_t, 2> acc, Array<const float, 1> w_scale, int stride,
                 std::optional<Array<const float, 1>> x_scale, bool accumulate, Array<float, 2> y) {
   const int m = length(acc.shape(0));
@@ -240,6 +259,7 @@ void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   m.doc() = "The kernels of each instruction set, one function per entry; outputs are written in place.";
   m.def("dot_tile", &dot_tile, "isa"_a, "encoding"_a, "tile"_a, "x"_a, "sums"_a, "out"_a);
+  m.def("dot_pair", &dot_pair, "isa"_a, "tiles"_a, "x"_a, "sums"_a, "k"_a, "out"_a);
   m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "w_scale"_a, "stride"_a, "x_scale"_a.none(), "accumulate"_a,
         "y"_a);
   m.def("scale_sums15", &scale_sums15, "isa"_a, "hi"_a, "lo"_a, "w_scale"_a, "x_scale"_a, "y"_a);

@@ -11,8 +11,9 @@ namespace {
 constexpr int kChunkHeads = 64;
 // Splits become work of their own where there would be fewer pieces of it for each thread.
 constexpr int kPiecesPerThread = 4;
-constexpr int kKeyTiles = kBlockTokens / tile_rows(Encoding::kQ8);
 constexpr int kLanes = tile_rows(Encoding::kQ8);
+// Most rows of activations that pass over two tiles at once.
+constexpr int kPairRows = 16;
 
 int n_splits(int n_keys) { return (n_keys + kSplitTokens - 1) / kSplitTokens; }
 
@@ -212,9 +213,23 @@ void Attention::quantize_queries(const Work& work) const noexcept {
   }
 }
 
+// Exact sums [tiles, m, 16] of Q8 tiles that lie tile_bytes apart.
+void Attention::dot_tiles(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, int n_tiles, const std::int8_t* x,
+                          std::ptrdiff_t ldx, const std::int32_t* sums, int m, int k,
+                          std::int32_t* out) const noexcept {
+  const auto dot_tile = kernels_.dot_tile[static_cast<int>(Encoding::kQ8)];
+  const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(m) * kLanes;
+  int tile = 0;
+  if (kernels_.dot_pair && m <= kPairRows) {
+    for (; tile + 2 <= n_tiles; tile += 2) {
+      kernels_.dot_pair(tiles + tile * tile_bytes, tile_bytes, x, ldx, sums, m, k, out + tile * ld);
+    }
+  }
+  for (; tile < n_tiles; ++tile) dot_tile(tiles + tile * tile_bytes, x, ldx, sums, m, k, out + tile * ld);
+}
+
 void Attention::attend_int8(const Work& work, int split, const Partial& to) const noexcept {
   Scratch& s = work.scratch;
-  const auto dot_tile = kernels_.dot_tile[static_cast<int>(Encoding::kQ8)];
   const int width = pad_inputs(d_head_);
   const int first_of_split = first_token(work, split * kSplitTokens) - work.chunk.begin;
   for (int t = first_of_split; t < work.chunk.end - work.chunk.begin; ++t) {
@@ -236,11 +251,9 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
     const int n_keys = std::min(kBlockTokens, work.n_keys() - start);
     const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(m) * kLanes;
 
-    const std::int8_t* codes = s.codes_MH.get() + static_cast<std::ptrdiff_t>(2 * skipped) * group_ * width;
-    for (int tile = 0; tile * kLanes < n_keys; ++tile) {
-      dot_tile(keys + tile * kLanes * width, codes, width, s.sums_M.get() + 2 * skipped * group_, m, width,
-               s.products.get() + tile * ld);
-    }
+    dot_tiles(keys, kLanes * width, (n_keys + kLanes - 1) / kLanes,
+              s.codes_MH.get() + static_cast<std::ptrdiff_t>(2 * skipped) * group_ * width, width,
+              s.sums_M.get() + 2 * skipped * group_, m, width, s.products.get());
     for (int t = 0; t < n_tokens; ++t) {
       const int n = std::min(kBlockTokens, work.n_keys(first + t) - start);
       for (int g = 0; g < group_; ++g) {
@@ -256,10 +269,8 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
         s.weight_sums_M.get()[lo] = weights.lo_sum;
       }
     }
-    for (int tile = 0; tile * kLanes < width; ++tile) {
-      dot_tile(values + tile * kLanes * kBlockTokens, s.weights_MJ.get(), kBlockTokens, s.weight_sums_M.get(), m,
-               pad_inputs(n_keys), s.products.get() + tile * ld);
-    }
+    dot_tiles(values, kLanes * kBlockTokens, width / kLanes, s.weights_MJ.get(), kBlockTokens, s.weight_sums_M.get(), m,
+              pad_inputs(n_keys), s.products.get());
     for (int t = 0; t < n_tokens; ++t) {
       for (int g = 0; g < group_; ++g) {
         const std::int32_t* products = s.products.get() + (2 * t * group_ + g) * kLanes;

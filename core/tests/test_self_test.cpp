@@ -91,6 +91,12 @@ void wrong_quantize_a15(const float* x, int n, int n_padded, std::int8_t* hi, st
   lo[n - 1] ^= 1;
 }
 
+void wrong_dot_pair(const std::uint8_t* tiles, std::ptrdiff_t, const std::int8_t* x, std::ptrdiff_t ldx,
+                    const std::int32_t* sums, int m, int k, std::int32_t* out) noexcept {
+  constexpr int kQ8 = static_cast<int>(Encoding::kQ8);
+  for (int i = 0; i < 2; ++i) scalar().dot_tile[kQ8](tiles, x, ldx, sums, m, k, out + i * m * 16);
+}
+
 bool passes(const Kernels& table) {
   const Kernels* tables[] = {&table};
   bool is_right;
@@ -138,6 +144,7 @@ void test_self_test() {
   CHECK(broken_kernels(tables, 16) == 0);
 
   check_dot_tiles();
+  check_found(&Kernels::dot_pair, wrong_dot_pair);
   check_found(&Kernels::scale_sums, wrong_scale_sums);
   check_found(&Kernels::scale_sums15, wrong_scale_sums15);
   check_found(&Kernels::quantize_a8, wrong_codes<&Kernels::quantize_a8>);

@@ -73,6 +73,20 @@ def test_dot_tile_equals_integers(isa, encoding, k, rng):
         np.testing.assert_array_equal(dot_tile(isa, encoding, tile, x, k), exact_dot(encoding, tile, x))
 
 
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 20])
+@pytest.mark.parametrize("k", [16, 48, 64, 128, 2048])
+def test_dot_pair_equals_two_tiles(isa, k, m, rng):
+    tiles = rng.integers(0, 256, (2, k // 4 + 5, 64), np.uint8)
+    x = rng.integers(-127, 128, (m, k + 16), np.int8)
+    sums = fenced(x[:, :k].sum(axis=1, dtype=np.int32))
+    out = empty((2, m, 16), np.int32)
+    if kernels.dot_pair(isa, fenced(tiles), fenced(x), sums, k, out):
+        for tile, found in zip(tiles, out, strict=True):
+            np.testing.assert_array_equal(found, exact_dot("q8", tile[: k // 4], x))
+    else:
+        assert isa not in ("amx", "avx512vnni")
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_dot_tile_holds_extreme_sums(isa, encoding):
     """The longest run of inputs, nothing but the largest activations, one byte everywhere: no sum saturates."""
@@ -338,6 +352,12 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.dot_tile(isa, "t80", tile, x[:, :12], i[:1], np.zeros((1, 80), np.int32)),
         lambda: kernels.dot_tile(isa, "t80", tile, x, i[:2], np.zeros((1, 80), np.int32)),
         lambda: kernels.dot_tile(isa, "t80", tile, x, i[:1], np.zeros((1, 64), np.int32)),
+        lambda: kernels.dot_pair(
+            isa, np.zeros((2, 4, 64), np.uint8), x, i[:1], 32, np.zeros((2, 1, 16), np.int32)
+        ),
+        lambda: kernels.dot_pair(
+            isa, np.zeros((2, 4, 64), np.uint8), x, i[:1], 16, np.zeros((1, 1, 16), np.int32)
+        ),
         lambda: kernels.scale_sums(isa, i[None], f[:15], 1, None, False, f[None]),
         lambda: kernels.scale_sums(isa, i[None], f, -1, None, False, f[None]),
         lambda: kernels.scale_sums(isa, i[None], f, 1, f[:2], False, f[None]),

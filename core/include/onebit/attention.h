@@ -53,6 +53,8 @@ class Attention {
   void attend(const Work& work, int split, const Partial& to) const noexcept;
   void attend_floats(const Work& work, int split, const Partial& to) const noexcept;
   void attend_int8(const Work& work, int split, const Partial& to) const noexcept;
+  void dot_tiles(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, int n_tiles, const std::int8_t* x,
+                 std::ptrdiff_t ldx, const std::int32_t* sums, int m, int k, std::int32_t* out) const noexcept;
   void merge(const Work& work, int split, const Partial& from, const Partial& to) const noexcept;
   void divide(const Work& work, const Partial& of) const noexcept;
   int first_token(const Work& work, int start) const noexcept;

@@ -307,6 +307,7 @@ void dot_tile_amx(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t
 const Kernels kAmx = {
     .name = "amx",
     .dot_tile = {dot_tile_amx<T80>, dot_tile_amx<R64>, dot_tile_amx<B128>, dot_tile_amx<Q8>, dot_tile_amx<Q4>},
+    .dot_pair = dot_pair<8>,
     ONEBIT_LANE_KERNELS,
 };
 

@@ -25,6 +25,7 @@ constexpr int kAccumulators = 24;
 const Kernels kAvx512Vnni = {
     .name = "avx512vnni",
     .dot_tile = {dot_tile_t80, dot_tile<R64>, dot_tile<B128>, dot_tile<Q8>, dot_tile<Q4>},
+    .dot_pair = dot_pair<8>,
     ONEBIT_LANE_KERNELS,
 };
 

@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kInputs = 80;
 constexpr int kTokens = 17;
+// Two tiles of Q8 in one, not quite next to each other.
+constexpr int kPairInputs = 32;
+constexpr int kPairBytes = 12 * 64;
 constexpr int kValues = 37;
 constexpr int kPadded = 48;
 constexpr int kWidth = 24;
@@ -35,6 +38,7 @@ struct Case {
   alignas(64) std::uint8_t tile[kInputs / 4 * 64];
   alignas(64) std::int8_t x[kTokens * kInputs];
   std::int32_t sums[kTokens];
+  std::int32_t pair_sums[kTokens];  // of the first kPairInputs
   float a[kValues];
   float b[kValues];
   float angles[2][kWidth / 2];
@@ -50,7 +54,10 @@ struct Case {
     for (auto& code : x) code = static_cast<std::int8_t>(random.between(-127, 127));
     for (int i = 0; i < kTokens; ++i) {
       sums[i] = 0;
-      for (int k = 0; k < kInputs; ++k) sums[i] += x[i * kInputs + k];
+      for (int k = 0; k < kInputs; ++k) {
+        if (k == kPairInputs) pair_sums[i] = sums[i];
+        sums[i] += x[i * kInputs + k];
+      }
     }
     for (auto& value : a) value = random.value();
     for (auto& value : b) value = random.value();
@@ -72,6 +79,7 @@ struct Case {
 struct Answers {
   std::int32_t one[kEncodings][kMaxTileRows];
   std::int32_t many[kEncodings][kTokens * kMaxTileRows];
+  std::int32_t pair[2][kTokens * 16];
   float scaled[2][2 * kValues];
   float scaled15[kValues];
   std::int8_t codes[3][kPadded];
@@ -101,6 +109,13 @@ struct Answers {
     for (int e = 0; e < kEncodings; ++e) {
       table.dot_tile[e](g.tile, g.x, kInputs, g.sums, 1, kInputs, one[e]);
       table.dot_tile[e](g.tile, g.x, kInputs, g.sums, kTokens, kInputs, many[e]);
+    }
+    const auto dot_q8 = table.dot_tile[static_cast<int>(Encoding::kQ8)];
+    if (table.dot_pair) {
+      table.dot_pair(g.tile, kPairBytes, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[0]);
+    } else {
+      dot_q8(g.tile, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[0]);
+      dot_q8(g.tile + kPairBytes, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[1]);
     }
     const std::int32_t* sums = many[0];
     table.scale_sums(sums, kMaxTileRows, g.a, 1, nullptr, 2, kValues, false, scaled[0], kValues);

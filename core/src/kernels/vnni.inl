@@ -243,6 +243,58 @@ void dot_tile(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx
   }
 }
 
+// Two tiles of Q8 for exactly kM tokens: each activation that is loaded serves both.
+template <int kM>
+void dot_pair_tokens(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const std::int8_t* x, std::ptrdiff_t ldx,
+                     const std::int32_t* sums, int k, std::int32_t* out, std::ptrdiff_t next_out) noexcept {
+  BitsVector sum[kM][2];
+  ONEBIT_UNROLL
+  for (int i = 0; i < kM; ++i) sum[i][0] = sum[i][1] = BitsVector{};
+  for (int kk = 0; kk < k; kk += 4, tiles += kUnitBytes) {
+    const Bytes first = load_bytes(tiles);
+    const Bytes second = load_bytes(tiles + tile_bytes);
+    ONEBIT_UNROLL
+    for (int i = 0; i < kM; ++i) {
+      std::uint32_t four;
+      __builtin_memcpy(&four, x + i * ldx + kk, sizeof four);
+      const BitsVector activations = four - BitsVector{};
+      sum[i][0] = dot4(sum[i][0], (BitsVector)first, activations);
+      sum[i][1] = dot4(sum[i][1], (BitsVector)second, activations);
+    }
+  }
+  ONEBIT_UNROLL
+  for (int i = 0; i < kM; ++i) {
+    const BitsVector s = static_cast<std::uint32_t>(sums[i]) * Q8::kOffset - BitsVector{};
+    ONEBIT_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const BitsVector row = sum[i][j] - s;
+      __builtin_memcpy(out + i * kLaneCount + j * next_out, &row, sizeof row);
+    }
+  }
+}
+
+template <int kM>
+void dot_pair_few(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const std::int8_t* x, std::ptrdiff_t ldx,
+                  const std::int32_t* sums, int m, int k, std::int32_t* out, std::ptrdiff_t next_out) noexcept {
+  if (m == kM) {
+    dot_pair_tokens<kM>(tiles, tile_bytes, x, ldx, sums, k, out, next_out);
+  } else if constexpr (kM > 1) {
+    dot_pair_few<kM - 1>(tiles, tile_bytes, x, ldx, sums, m, k, out, next_out);
+  }
+}
+
+// With whole units in registers only: halves would not leave enough of them.
+template <int kTokens>
+void dot_pair(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const std::int8_t* x, std::ptrdiff_t ldx,
+              const std::int32_t* sums, int m, int k, std::int32_t* out) noexcept {
+  static_assert(kHalves * kTokens == kTokens);
+  const std::ptrdiff_t next_out = static_cast<std::ptrdiff_t>(m) * kLaneCount;
+  for (int i = 0; i < m; i += kTokens) {
+    const int count = m - i < kTokens ? m - i : kTokens;
+    dot_pair_few<kTokens>(tiles, tile_bytes, x + i * ldx, ldx, sums + i, count, k, out + i * kLaneCount, next_out);
+  }
+}
+
 // From this many tokens on, taking the digits of T80 pays.
 constexpr int kDigitTokens = 12;
 // Inputs whose digits are taken at a time: 80 bytes of stack each.
