@@ -1,7 +1,7 @@
 """The processes that hold the engines: started once, asked one at a time, ended when memory is short.
 
-    fleet = Fleet({"ours": Engine("onebit", sys.executable, {...}, need)})
-    fleet.ask("ours", {"what": "decode", "threads": 2, "seconds": 0.5})
+fleet = Fleet({"ours": Engine("onebit", sys.executable, {...}, need)})
+fleet.ask("ours", {"what": "decode", "threads": 2, "seconds": 0.5})
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foreign import Meter, Usage, usage
+
 from onebit.engine.memory import available_bytes
 
 WORKER = Path(__file__).parent / "engines" / "worker.py"
@@ -169,7 +170,9 @@ class Fleet:
         line = process.stdout.readline()
         if not line:
             code = process.wait()
-            raise Absent(f"its process died with signal {-code}" if code < 0 else f"its process ended with {code}")
+            raise Absent(
+                f"its process died with signal {-code}" if code < 0 else f"its process ended with {code}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise Absent(answer["error"])

@@ -1,9 +1,9 @@
 """Who else used the processors while something was measured: other processes, our own idle ones, the host.
 
-    meter = Meter()
-    before = meter.look(active=[worker.pid], idle=[other.pid])
-    ...
-    share = usage(before, meter.look(...)).foreign
+meter = Meter()
+before = meter.look(active=[worker.pid], idle=[other.pid])
+...
+share = usage(before, meter.look(...)).foreign
 """
 
 import os
@@ -68,7 +68,9 @@ class Meter:
         except OSError:
             return None
         user, nice, system, _, _, irq, softirq, steal, *_ = (int(field) * self._tick_s for field in fields)
-        own = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        own = sum(
+            sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
         return Look(
             time.perf_counter(),
             user + nice + system + irq + softirq,

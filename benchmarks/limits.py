@@ -88,9 +88,7 @@ def peak(kind: str, threads: int, seconds: float) -> float:
     Returns:
         0 where the machine lacks the instruction.
     """
-    run, rounds = (
-        (library().amx_peak, AMX_ROUNDS) if kind == "amx" else (library().dot_peak, DOT_ROUNDS)
-    )
+    run, rounds = (library().amx_peak, AMX_ROUNDS) if kind == "amx" else (library().dot_peak, DOT_ROUNDS)
 
     def one_thread(_: int) -> int:
         done = 0

@@ -4,12 +4,12 @@ The background is transparent and the greys stand out against white and black, s
 """
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-
 from plan import FRESH, MACHINE, OURS
 
 TEXT, GRID = "#7a828e", "#7a828e40"
@@ -29,7 +29,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     threads = result["threads"]
     engines = [name for name in _engines(result) if name not in (MACHINE, FRESH)]
     height = 1.9 + 0.38 * (len(engines) + 1)
-    with pyplot.rc_context({"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT}):
+    with pyplot.rc_context(
+        {"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT}
+    ):
         figure, axes = pyplot.subplots(1, 3, figsize=(13, height), layout="constrained", sharey=True)
         read = _value(result, MACHINE, "read", threads)
         amx = _value(result, MACHINE, "amx", threads)
@@ -41,32 +43,48 @@ def draw(result: dict[str, Any], path: Path) -> None:
         decode += [("onebit, int4 shortlist", *bar[1:]) for bar in shortlist]
         _panel(
             axes[0], rows, decode, f"text, tokens per second\n(short context, {_threads(threads)})",
-            read and read * 1e9 / result["token_bytes"], "memory read /\nour bytes",
+            read and read * 1e9 / result["token_bytes"], "memory read /\nour bytes", result["absent"],
         )  # fmt: skip
         _panel(
             axes[1], rows, _bars(result, engines, "prefill", threads, tokens=512),
             f"prompt, tokens per second\n(512 tokens, {_threads(threads)})",
             peak and peak * 1e9 / result["linear_weights"], f"int8 peak\n({'AMX' if uses_amx else 'dot product'})",
+            result["absent"],
         )  # fmt: skip
         peaks = {**result["peak_resident_bytes"]}
         # Ours at work has caches and copies for all its measurements; a process of its own is what a user has.
         peaks[OURS] = peaks.get(FRESH, peaks.get(OURS))
         memory = [(n, peaks[n] / 1e6, peaks[n] / 1e6, peaks[n] / 1e6) for n in engines if peaks.get(n)]
         file_mb = result["file_bytes"].get(OURS)
-        _panel(axes[2], rows, memory, "memory, MB resident\n(at its peak)", file_mb and file_mb / 1e6, "our file")
-        for row, name in enumerate(rows):
-            if name in result["absent"]:
-                axes[0].text(0, row, f"  not run: {result['absent'][name][:60]}", va="center", fontsize=8)
+        _panel(
+            axes[2],
+            rows,
+            memory,
+            "memory, MB resident\n(at its peak)",
+            file_mb and file_mb / 1e6,
+            "our file",
+            {},
+        )
         quotable = {True: "", False: "   NOT QUOTABLE: others used the processors", None: "   NOT QUOTABLE"}
         figure.suptitle(
-            f"{result['shape']} on {result['machine']['cpu']}{quotable[result['quotable']]}", color=TEXT, fontsize=12
+            f"{result['shape']} on {result['machine']['cpu']}{quotable[result['quotable']]}",
+            color=TEXT,
+            fontsize=12,
         )
         figure.savefig(path, dpi=110, transparent=True)
         pyplot.close(figure)
 
 
-def _panel(axis: Axes, rows: list[str], bars: list[Bar], title: str, limit: float | None, limit_name: str) -> None:
-    """Bars from left to right, their values beside them, the limit as a line."""
+def _panel(
+    axis: Axes,
+    rows: list[str],
+    bars: list[Bar],
+    title: str,
+    limit: float | None,
+    limit_name: str,
+    absent: dict[str, str],
+) -> None:
+    """Bars from left to right, their values beside them, the limit as a line; why an engine has no bar."""
     at = [rows.index(name) for name, *_ in bars]
     values = [middle for _, middle, _, _ in bars]
     errors = [[m - low for _, m, low, _ in bars], [high - m for _, m, _, high in bars]]
@@ -78,6 +96,9 @@ def _panel(axis: Axes, rows: list[str], bars: list[Bar], title: str, limit: floa
         # Beside the limit's line, and not across it.
         start = high if limit is None or not high <= limit <= high + 0.14 * most else limit
         axis.text(start + 0.015 * most, row, text, va="center", fontsize=9)
+    for row, name in enumerate(rows):
+        if name in absent and row not in at:
+            axis.text(0, row, f" not run: {fill(absent[name][:90], 36)}", va="center", fontsize=8)
     if limit:
         axis.axvline(limit, color=COLOURS["limit"], linestyle="--", linewidth=1.3)
         axis.text(limit, -0.75, limit_name, color=COLOURS["limit"], ha="center", va="bottom", fontsize=8)
@@ -94,7 +115,9 @@ def _engines(result: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*(r["engine"] for r in result["results"]), *result["absent"]]))
 
 
-def _find(result: dict[str, Any], engine: str, what: str, threads: int, **options: Any) -> dict[str, Any] | None:
+def _find(
+    result: dict[str, Any], engine: str, what: str, threads: int, **options: Any
+) -> dict[str, Any] | None:
     keys = ("context", "kv_cache", "shortlist", "tokens", "isa")
     for row in result["results"]:
         found = {key: row[key] for key in keys if key in row}

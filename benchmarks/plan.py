@@ -9,6 +9,7 @@ from typing import Any
 import shapes
 import twins
 from fleet import Engine
+
 from onebit import formats
 from onebit.checkpoint import Checkpoint, token_bytes
 from onebit.config import ModelConfig

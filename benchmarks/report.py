@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-
 from foreign import LIMIT, Usage
 from plan import FRESH, LLAMA, MACHINE, OURS, UNITS, Facts, Task, task
 
@@ -102,7 +101,14 @@ def targets(results: Results, known: Facts) -> list[Target]:
             name = f"decode against {tq2}, {count(t, 'thread')}"
             add(name, goal, "x", ratio, task(OURS, "decode", t), task(tq2, "decode", t))
     shortlist = task(OURS, "decode", most, shortlist=True)
-    add(f"the same, int4 shortlist, {count(most, 'thread')}", 3.7, "x", ratio, shortlist, task(tq2, "decode", most))
+    add(
+        f"the same, int4 shortlist, {count(most, 'thread')}",
+        3.7,
+        "x",
+        ratio,
+        shortlist,
+        task(tq2, "decode", most),
+    )
 
     prompt = task(OURS, "prefill", most, tokens=512)
     peak = task(MACHINE, "dot", most)
@@ -114,15 +120,38 @@ def targets(results: Results, known: Facts) -> list[Target]:
     else:
         add("prefill of 512", 80, "% of dot peak", arithmetic, prompt, peak)
     for peer, goal in ((tq2, 6.0), (q4, 3.0)):
-        add(f"prefill of 512 against {peer}", goal, "x", ratio, prompt, task(peer, "prefill", most, tokens=512))
+        add(
+            f"prefill of 512 against {peer}",
+            goal,
+            "x",
+            ratio,
+            prompt,
+            task(peer, "prefill", most, tokens=512),
+        )
 
-    add("8 texts together against one", 3.5, "x", ratio, task(OURS, "batch", most), task(OURS, "decode", most))
+    add(
+        "8 texts together against one", 3.5, "x", ratio, task(OURS, "batch", most), task(OURS, "decode", most)
+    )
     long = task(OURS, "decode", most, context=8192, kv_cache="int8")
     short = task(OURS, "decode", most)
     add("attention at 8,192, int8 cache", 8, "ms", lambda x, y: 1e3 / x - 1e3 / y, long, short, at_most=True)
-    add("memory beside file, keys and values", 64, "MB", lambda x: x, task(FRESH, "footprint", most), at_most=True)
+    add(
+        "memory beside file, keys and values",
+        64,
+        "MB",
+        lambda x: x,
+        task(FRESH, "footprint", most),
+        at_most=True,
+    )
     add("load of a warm file", 0.5, "s", lambda x: x, task(FRESH, "load", most), at_most=True)
-    add("shipped model: step outside forward", 25, "%", lambda x: x, task(OURS, "overhead", most), at_most=True)
+    add(
+        "shipped model: step outside forward",
+        25,
+        "%",
+        lambda x: x,
+        task(OURS, "overhead", most),
+        at_most=True,
+    )
     return found
 
 
@@ -172,7 +201,9 @@ def table(results: Results, known: Facts, absent: dict[str, str], peaks: dict[st
     for target in targets(results, known):
         goal = f"{'<=' if target.at_most else '>='} {target.goal:g} {target.unit}"
         measured = spread(target.values) if target.values else "not measured"
-        verdict = {True: "met", False: "NOT MET", None: "-"}[target.met] + (" *" if target.is_disturbed else "")
+        verdict = {True: "met", False: "NOT MET", None: "-"}[target.met] + (
+            " *" if target.is_disturbed else ""
+        )
         lines.append(f"{target.name:<50} {goal:>24}   {measured:<28} {verdict}")
     if known.shape != "2b4t":
         lines.append("(targets are set for the shape 2b4t)")
@@ -257,9 +288,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def slug(cpu: str, isa: str) -> str:
-    """A CPU's name for a file: "AMD EPYC 9R14 96-Core Processor" gives "amd-epyc-9r14"; the kernels where it says little."""
+    """A CPU's name for a file, as in "amd-epyc-9r14"; with the kernels where the name says little."""
     words = re.sub(r"\((?:r|tm)\)|\bcpu\b|\bprocessor\b|\d+-core\b|@.*", " ", cpu.lower())
     name = "-".join(re.findall(r"[a-z0-9.]+", words)) or "cpu"
     return name if re.search(r"\d", name) else f"{name}-{isa}"
-
-

@@ -20,10 +20,11 @@ import picture
 import plan
 import report
 from fleet import Absent, Engine, Fleet
+from shapes import SHAPES
+
 from onebit import formats
 from onebit.config import ModelConfig
 from onebit.engine.model import choose_isa, choose_threads
-from shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,17 +38,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="2b4t")
-    parser.add_argument("--encoding", choices=["t80", "r64"], default="t80", help="layout of our linear layers")
+    parser.add_argument(
+        "--encoding", choices=["t80", "r64"], default="t80", help="layout of our linear layers"
+    )
     parser.add_argument("--rounds", type=int, help="times that every measurement is made (5; quick: 2)")
     parser.add_argument("--threads", type=int, help="of the larger measurements (one for each core)")
     parser.add_argument("--isa", help="our kernels (the best that the machine has)")
     parser.add_argument(
         "--peers", default=",".join(plan.PEERS), help=f"of {', '.join(plan.PEERS)}; separated by commas"
     )
-    parser.add_argument("--no-peers", action="store_const", dest="peers", const="", help="onebit and limits only")
-    parser.add_argument("--quick", action="store_true", help="two short rounds, fewer prompts: a look, no result")
+    parser.add_argument(
+        "--no-peers", action="store_const", dest="peers", const="", help="onebit and limits only"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two short rounds, fewer prompts: a look, no result"
+    )
     parser.add_argument("--cpu", help="name of the CPU in the results' file name")
-    parser.add_argument("--models", type=Path, default=ROOT / "build/bench/models", help="folder of made models")
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / "build/bench/models", help="folder of made models"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (2 if args.quick else 5)
@@ -128,8 +137,12 @@ def run(args: argparse.Namespace, config: ModelConfig) -> dict:
     results = dict(sorted(results.items(), key=lambda item: order.index(item[0].engine)))
     machine = plan.machine_facts()
     gigahertz = f"{machine['cpu']}, {report.count(os.cpu_count() or 1, 'CPU')}"
-    print(f"{gigahertz}; shape {args.shape}, {args.encoding}, {isa} kernels; median [least .. most] of {args.rounds}")
-    print(f"a step reads {known.token_bytes / 1e6:,.1f} MB of weights, {known.linear_bytes / 1e6:,.1f} MB in layers")
+    print(
+        f"{gigahertz}; shape {args.shape}, {args.encoding}, {isa} kernels; median [least .. most] of {args.rounds}"
+    )
+    print(
+        f"a step reads {known.token_bytes / 1e6:,.1f} MB of weights, {known.linear_bytes / 1e6:,.1f} MB in layers"
+    )
     print(report.table(results, known, fleet.absent, fleet.peaks))
     return report.as_json(
         results,

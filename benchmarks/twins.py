@@ -1,7 +1,8 @@
 """The same model for other engines: GGUF files for llama.cpp, a checkpoint for transformers.
 
 Ternary codes are ours, weight for weight. What a peer rounds in its own way (Q4_K, Q6_K) holds random valid blocks
-with scales of a usual size: speed does not depend on the values. Types of tensors are those that llama-quantize chooses.
+with scales of a usual size: speed does not depend on the values. Types of tensors are those that llama-quantize
+chooses.
 
     write_gguf(checkpoint, Path("2b4t.tq2_0.gguf"), "TQ2_0")
 """

@@ -2,9 +2,8 @@
 
 import time
 
-import numpy as np
-
 import limits
+import numpy as np
 
 
 class Machine:
@@ -22,11 +21,17 @@ class Machine:
         self._data = np.ones(-(-n_bytes // 8), np.int64)
         self._readers: dict[int, list] = {}
         self.load_s = time.perf_counter() - started
-        self.info = {"dot": limits.dot_name(), "amx": limits.peak("amx", 1, 0) > 0, "read_bytes": self._data.nbytes}
+        self.info = {
+            "dot": limits.dot_name(),
+            "amx": limits.peak("amx", 1, 0) > 0,
+            "read_bytes": self._data.nbytes,
+        }
 
     def read(self, threads: int, seconds: float) -> float:
         """Bytes per second from memory: the best of one and four streams, with and without prefetch."""
-        readers = self._readers.setdefault(threads, [limits.reader(threads, *kind) for kind in limits.READERS])
+        readers = self._readers.setdefault(
+            threads, [limits.reader(threads, *kind) for kind in limits.READERS]
+        )
         return max(limits.bandwidth(self._data, read, seconds / len(readers)) for read in readers)
 
     def dot(self, threads: int, seconds: float) -> float:

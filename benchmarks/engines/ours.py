@@ -62,7 +62,11 @@ class Ours:
         cache = self._cache(model, max(context, STEPS), kv_cache)
         first = max(context - STEPS, 0)
         table = np.arange(-(-max(context, STEPS) // BLOCK_TOKENS), dtype=np.int32).reshape(1, -1)
-        starts, row, top = np.array([0, 1], np.int32), np.zeros(1, np.int32), np.array([int(shortlist)], np.int32)
+        starts, row, top = (
+            np.array([0, 1], np.int32),
+            np.zeros(1, np.int32),
+            np.array([int(shortlist)], np.int32),
+        )
 
         def text() -> int:
             token = np.ones(1, np.int32)
@@ -140,7 +144,9 @@ class Ours:
             whole, begun = 0.0, time.perf_counter()
             while whole == 0 or time.perf_counter() - begun < seconds:
                 started = time.perf_counter()
-                self._shipped.generate("Once upon a time", max_tokens=OVERHEAD_TOKENS, seed=7, ignore_eos=True)
+                self._shipped.generate(
+                    "Once upon a time", max_tokens=OVERHEAD_TOKENS, seed=7, ignore_eos=True
+                )
                 whole += time.perf_counter() - started
         finally:
             model.forward = forward  # type: ignore[method-assign]
