@@ -81,6 +81,8 @@ class Fleet:
         self.absent: dict[str, str] = {}
         self._meter = Meter()
         self._workers: dict[str, Worker] = {}
+        # Measurements that ended a process, by engine and request: they would end the next one too.
+        self._deadly: dict[tuple[str, str], str] = {}
 
     def ask(self, name: str, request: dict[str, Any]) -> Answer:
         """Make one measurement; the first ones of their kind in a process are made before, and forgotten.
@@ -90,10 +92,11 @@ class Fleet:
         """
         if name in self.absent:
             raise Absent(self.absent[name])
-        engine = self.engines[name]
+        engine, key = self.engines[name], json.dumps(request, sort_keys=True)
+        if (name, key) in self._deadly:
+            raise Absent(self._deadly[name, key])
         worker = self._workers.get(name) or self._start(name)
         try:
-            key = json.dumps(request, sort_keys=True)
             if key not in worker.warm and not engine.fresh:
                 for _ in range(engine.warm_up):
                     self._call(name, {**request, "seconds": 0})
@@ -103,6 +106,11 @@ class Fleet:
             answer = self._call(name, request)
             after = self._look(name)
             self.peaks[name] = max(self.peaks.get(name, 0), answer["peak_bytes"])
+        except Absent as reason:
+            if worker.process.poll() is not None:
+                self._deadly[name, key] = str(reason)
+                self._stop(name)
+            raise
         finally:
             if engine.fresh:
                 self._stop(name)
@@ -157,12 +165,10 @@ class Fleet:
         try:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
-            return self._receive(name)
-        except (BrokenPipeError, Absent) as reason:
-            if self._workers[name].process.poll() is not None:
-                self.absent[name] = str(reason)
-                self._stop(name)
-            raise Absent(str(reason)) from None
+        except BrokenPipeError:
+            # It died since its last answer; reading tells how.
+            pass
+        return self._receive(name)
 
     def _receive(self, name: str) -> dict[str, Any]:
         process = self._workers[name].process

@@ -235,7 +235,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": found.get("model name", cpu),
         "family_model_stepping": [found.get(k) for k in ("cpu family", "model", "stepping")],
-        "l3": found.get("cache size"),
+        "cache": found.get("cache size", "unknown size"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }

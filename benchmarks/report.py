@@ -181,7 +181,13 @@ def is_quotable(results: Results) -> bool | None:
     return not any(series.is_disturbed for series in measured) if measured else None
 
 
-def table(results: Results, known: Facts, absent: dict[str, str], peaks: dict[str, int]) -> str:
+def table(
+    results: Results,
+    known: Facts,
+    absent: dict[str, str],
+    peaks: dict[str, int],
+    info: dict[str, dict[str, Any]],
+) -> str:
     """All measurements, then the targets, in plain text."""
     lines, engine = [], None
     for t, series in results.items():
@@ -189,6 +195,9 @@ def table(results: Results, known: Facts, absent: dict[str, str], peaks: dict[st
             engine = t.engine
             peak = f"   (resident at most {peaks[engine] / 1e6:,.0f} MB)" if engine in peaks else ""
             lines += ["", f"{engine}{peak}"]
+            lines += [
+                f"  ({info[engine][key]})" for key in ("version", "settings") if key in info.get(engine, {})
+            ]
         if engine in absent and not series.measured:
             continue
         unit = UNITS[t.what][1]

@@ -136,14 +136,15 @@ def run(args: argparse.Namespace, config: ModelConfig) -> dict:
     order = list(engines)
     results = dict(sorted(results.items(), key=lambda item: order.index(item[0].engine)))
     machine = plan.machine_facts()
-    gigahertz = f"{machine['cpu']}, {report.count(os.cpu_count() or 1, 'CPU')}"
+    cpus = report.count(os.cpu_count() or 1, "CPU")
+    print(f"{machine['cpu']}, {cpus}, cache of {machine['cache']}; {machine['system']}")
     print(
-        f"{gigahertz}; shape {args.shape}, {args.encoding}, {isa} kernels; median [least .. most] of {args.rounds}"
+        f"shape {args.shape}, {args.encoding}, {isa} kernels; median [least .. most] of {args.rounds} rounds"
     )
     print(
         f"a step reads {known.token_bytes / 1e6:,.1f} MB of weights, {known.linear_bytes / 1e6:,.1f} MB in layers"
     )
-    print(report.table(results, known, fleet.absent, fleet.peaks))
+    print(report.table(results, known, fleet.absent, fleet.peaks, fleet.info))
     return report.as_json(
         results,
         known,

@@ -37,14 +37,16 @@ class Ours:
     """
 
     def __init__(self, path: str, threads: int, isa: str | None = None) -> None:
-        self._isa, self._file_bytes = isa, os.path.getsize(path)
+        self._file_bytes = os.path.getsize(path)
+        if isa is not None:
+            os.environ["ONEBIT_ISA"] = isa
         started = time.perf_counter()
         self._llm = onebit.load(path, threads)
         self.load_s = time.perf_counter() - started
-        default = self._llm.model if isa is None else Model(self._llm.checkpoint, threads, isa)
-        self._models = {(threads, False, isa): default}
+        default = self._llm.model
+        self._models = {(threads, False, default.isa): default}
         self._caches: dict[str, KvCache] = {}
-        self.info = {"version": onebit.__version__, "isa": default.isa, "caches": cache_formats()}
+        self.info = {"version": f"onebit {onebit.__version__}", "isa": default.isa, "caches": cache_formats()}
 
     def decode(
         self, threads: int, seconds: float, context: int = 0, shortlist: bool = False, kv_cache: str = "bf16"
@@ -166,7 +168,7 @@ class Ours:
         return onebit.load(threads=max(threads for threads, _, _ in self._models), speculation=False)
 
     def _model(self, threads: int, shortlist: bool = False, isa: str | None = None) -> Model:
-        key = (threads, shortlist, isa or self._isa)
+        key = (threads, shortlist, isa or self._llm.model.isa)
         if key not in self._models:
             self._models[key] = Model(self._llm.checkpoint, threads, key[2], int4_shortlist=shortlist)
         return self._models[key]
@@ -184,9 +186,9 @@ class Ours:
             return held
         options = {"kv_cache": kv_cache} if len(cache_formats()) > 1 else {}
         cache = self._caches[kv_cache] = model.new_cache(n_blocks, **options)
-        config = model.config
-        position = position_bytes(config, kv_cache) // (2 * config.n_layers * config.n_kv_heads)
-        slots = np.arange(0, BLOCK_TOKENS, min(max(PAGE_BYTES // position // 2, 1), BLOCK_TOKENS), np.int32)
+        # Half a page of one head's keys: wherever blocks begin, no page is missed. Other formats are no larger.
+        step = min(max(PAGE_BYTES // 2 // (2 * model.config.d_head), 1), BLOCK_TOKENS)
+        slots = np.arange(0, BLOCK_TOKENS, step, np.int32)
         at, blocks = np.tile(slots, n_blocks), np.repeat(np.arange(n_blocks, dtype=np.int32), len(slots))
         none = np.zeros(0, np.int32)
         for start in range(0, len(at), MAX_STEP_TOKENS):

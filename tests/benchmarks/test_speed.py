@@ -67,21 +67,22 @@ def test_shares_of_the_limits_count_the_bytes_of_the_model(known):
 def test_foreign_load_makes_a_run_not_quotable(known):
     quiet, loud = results(), results(disturbed=[task(TQ2, "decode", 2)])
     assert report.is_quotable(quiet) is True and report.is_quotable(loud) is False
-    assert "NOT QUOTABLE" not in report.table(quiet, known, {}, {})
-    text = report.table(loud, known, {}, {})
+    assert "NOT QUOTABLE" not in report.table(quiet, known, {}, {}, {})
+    text = report.table(loud, known, {}, {}, {})
     assert "NOT QUOTABLE" in text
     marked = [line for line in text.splitlines() if line.endswith("*")]
     assert any("decode against" in line for line in marked) and len(marked) == 3
     # A system that tells nothing vouches for nothing.
     unknown = {t: report.Series(s.values) for t, s in quiet.items()}
     assert report.is_quotable(unknown) is None
-    assert "nothing here is to be quoted" in report.table(unknown, known, {}, {})
+    assert "nothing here is to be quoted" in report.table(unknown, known, {}, {}, {})
 
 
 def test_the_table_says_why_a_peer_is_missing(known):
     text = report.table(
-        results(), known, {"torch, bf16 Llama": "needs about 20.0 GB of memory"}, {OURS: 10**8}
+        results(), known, {plan.DENSE: "needs about 20.0 GB"}, {OURS: 10**8}, {OURS: {"version": "onebit 9"}}
     )
+    assert "(onebit 9)" in text
     assert "torch, bf16 Llama: not run: needs about 20.0 GB" in text
     assert "resident at most 100 MB" in text
 
