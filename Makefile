@@ -89,11 +89,11 @@ $(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchai
 	@touch $@
 
 # llama.cpp is compiled here, for this machine: a wheel that pip keeps may come from another one, or other flags.
-# GCC 12 drops stores that its AMX kernels need, and they crash (benchmarks/README.md); -fno-tree-dse keeps them.
-$(PEERS)/.built: $(NATIVE) benchmarks/requirements.txt | $(VENV)/.toolchain
+# The header keeps GCC 12 from breaking its AMX kernels.
+$(PEERS)/.built: $(NATIVE) benchmarks/requirements.txt benchmarks/engines/llama_amx.h | $(VENV)/.toolchain
 	@echo "onebit: installing PyTorch and other engines; llama.cpp is compiled (about ten minutes, once)" >&2
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[train]"
-	@CXXFLAGS="$(CXXFLAGS) -fno-tree-dse" $(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-cache-dir \
+	@CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/benchmarks/engines/llama_amx.h"' $(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-cache-dir \
 	  --constraint constraints.txt --requirement benchmarks/requirements.txt
 	@touch $@

@@ -96,10 +96,9 @@ def targets(results: Results, known: Facts) -> list[Target]:
                 f"{name}, {threads}", goal, share, lambda x, r, n=n_bytes: x * n / r / 1e7,
                 task(OURS, what, t), read,
             )  # fmt: skip
-    for t, goal in ((most, 3.0), (1, 2.0)):
-        if t == most or most > 1:
-            name = f"decode against {tq2}, {count(t, 'thread')}"
-            add(name, goal, "x", ratio, task(OURS, "decode", t), task(tq2, "decode", t))
+    for t, goal in {most: 3.0, 1: 2.0}.items():
+        name = f"decode against {tq2}, {count(t, 'thread')}"
+        add(name, goal, "x", ratio, task(OURS, "decode", t), task(tq2, "decode", t))
     shortlist = task(OURS, "decode", most, shortlist=True)
     add(
         f"the same, int4 shortlist, {count(most, 'thread')}",
