@@ -56,18 +56,13 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def reader(threads: int, streams: int = 1, ahead: int = 0) -> Callable[[np.ndarray], None]:
+def reader(threads: int) -> Callable[[np.ndarray], None]:
     """Reads an array from memory on so many threads and does next to nothing with it."""
-    read_all = library().read_4_streams if streams == 4 else library().read_1_stream
-    pool = ThreadPoolExecutor(threads)
+    read_all, pool = library().read_1_stream, ThreadPoolExecutor(threads)
 
     def read(data: np.ndarray) -> None:
         share = data.nbytes // threads // 1024 * 1024
-        list(
-            pool.map(
-                lambda i: read_all(data.ctypes.data + i * share, share // 64, ahead // 64), range(threads)
-            )
-        )
+        list(pool.map(lambda i: read_all(data.ctypes.data + i * share, share // 64, 0), range(threads)))
 
     return read
 
@@ -89,23 +84,31 @@ def peak(kind: str, threads: int, seconds: float) -> float:
         0 where the machine lacks the instruction.
     """
     run, rounds = (library().amx_peak, AMX_ROUNDS) if kind == "amx" else (library().dot_peak, DOT_ROUNDS)
+    return _rate(lambda _: int(run(rounds)), threads, seconds)
 
-    def one_thread(_: int) -> int:
-        done = 0
-        while (n := run(rounds)) and time.perf_counter() - started < seconds:
-            done += n
-        return done + n
+
+def bandwidth(data: np.ndarray, threads: int, streams: int, ahead: int, seconds: float) -> float:
+    """Bytes per second of reading an array over and over; each thread reads its share, and waits for no other."""
+    read_all = library().read_4_streams if streams == 4 else library().read_1_stream
+    share = data.nbytes // threads // 1024 * 1024
+
+    def read(i: int) -> int:
+        read_all(data.ctypes.data + i * share, share // 64, ahead // 64)
+        return share
+
+    return _rate(read, threads, seconds)
+
+
+def _rate(work: Callable[[int], int], threads: int, seconds: float) -> float:
+    """What threads do per second together, each calling `work` with its number at least once."""
+
+    def one_thread(i: int) -> int:
+        done = work(i)
+        while done and time.perf_counter() - started < seconds:
+            done += work(i)
+        return done
 
     with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
         done = sum(pool.map(one_thread, range(threads)))
         return done / (time.perf_counter() - started)
-
-
-def bandwidth(data: np.ndarray, read: Callable[[np.ndarray], None], seconds: float) -> float:
-    """Bytes per second of reading an array over and over, for about so many seconds."""
-    started, passes = time.perf_counter(), 0
-    while passes == 0 or time.perf_counter() - started < seconds:
-        read(data)
-        passes += 1
-    return passes * data.nbytes / (time.perf_counter() - started)

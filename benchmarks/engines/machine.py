@@ -19,7 +19,6 @@ class Machine:
         started = time.perf_counter()
         # Written, for pages that were never written are one and the same. numpy asks for large pages.
         self._data = np.ones(-(-n_bytes // 8), np.int64)
-        self._readers: dict[int, list] = {}
         self.load_s = time.perf_counter() - started
         self.info = {
             "dot": limits.dot_name(),
@@ -29,10 +28,8 @@ class Machine:
 
     def read(self, threads: int, seconds: float) -> float:
         """Bytes per second from memory: the best of one and four streams, with and without prefetch."""
-        readers = self._readers.setdefault(
-            threads, [limits.reader(threads, *kind) for kind in limits.READERS]
-        )
-        return max(limits.bandwidth(self._data, read, seconds / len(readers)) for read in readers)
+        kinds = limits.READERS
+        return max(limits.bandwidth(self._data, threads, *kind, seconds / len(kinds)) for kind in kinds)
 
     def dot(self, threads: int, seconds: float) -> float:
         """int8 multiply-adds per second of the best dot product."""
