@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from plan import FRESH, MACHINE, OURS
 
 TEXT, GRID = "#7a828e", "#7a828e40"
@@ -67,7 +68,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
         quotable = {True: "", False: "   NOT QUOTABLE: others used the processors", None: "   NOT QUOTABLE"}
         figure.suptitle(
-            f"{result['shape']} on {result['machine']['cpu']}{quotable[result['quotable']]}",
+            f"shape {result['shape']} on {result['machine']['cpu']}{quotable[result['quotable']]}",
             color=TEXT,
             fontsize=12,
         )
@@ -104,6 +105,8 @@ def _panel(
         axis.text(limit, -0.75, limit_name, color=COLOURS["limit"], ha="center", va="bottom", fontsize=8)
     axis.set(xlim=(0, 1.16 * most), ylim=(len(rows) - 0.4, -0.7), yticks=range(len(rows)), yticklabels=rows)
     axis.set_title(title, color=TEXT, fontsize=10, pad=30)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.grid(axis="x", color=GRID)
     axis.set_axisbelow(True)
     axis.tick_params(length=0)

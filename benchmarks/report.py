@@ -66,8 +66,8 @@ class Target:
 
     @property
     def met(self) -> bool | None:
-        """None: not measured."""
-        if not self.values:
+        """None: not measured, or not alone on the machine: then others decided it."""
+        if not self.values or self.is_disturbed:
             return None
         return median(self.values) <= self.goal if self.at_most else median(self.values) >= self.goal
 
@@ -190,6 +190,8 @@ def table(
     """All measurements, then the targets, in plain text."""
     lines, engine = [], None
     for t, series in results.items():
+        if t.engine in absent and not series.measured:
+            continue
         if t.engine != engine:
             engine = t.engine
             peak = f"   (resident at most {peaks[engine] / 1e6:,.0f} MB)" if engine in peaks else ""
@@ -197,21 +199,16 @@ def table(
             lines += [
                 f"  ({info[engine][key]})" for key in ("version", "settings") if key in info.get(engine, {})
             ]
-        if engine in absent and not series.measured:
-            continue
         unit = UNITS[t.what][1]
         shown = f"{spread(series.measured)} {unit}" if series.measured else f"not measured: {series.reason}"
         mark = " *" if series.is_disturbed else ""
         lines.append(f"  {t.title:<44} {count(t.threads, 'thread'):>10}   {shown}{mark}")
-    for name, reason in absent.items():
-        lines.append(f"{name}: not run: {reason}")
+    lines += ["", *(f"{name}: not run: {reason}" for name, reason in absent.items())] if absent else []
     lines += ["", f"{'target':<50} {'goal':>24}   measured"]
     for target in targets(results, known):
         goal = f"{'<=' if target.at_most else '>='} {target.goal:g} {target.unit}"
         measured = spread(target.values) if target.values else "not measured"
-        verdict = {True: "met", False: "NOT MET", None: "-"}[target.met] + (
-            " *" if target.is_disturbed else ""
-        )
+        verdict = {True: "met", False: "NOT MET", None: "void *" if target.values else "-"}[target.met]
         lines.append(f"{target.name:<50} {goal:>24}   {measured:<28} {verdict}")
     if known.shape != "2b4t":
         lines.append("(targets are set for the shape 2b4t)")
@@ -270,6 +267,7 @@ def as_json(
                 "min": rounded(min(target.values, default=None)),
                 "max": rounded(max(target.values, default=None)),
                 "met": target.met,
+                "disturbed": target.is_disturbed,
             }
             for target in targets(results, known)
         ],

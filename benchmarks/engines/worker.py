@@ -52,6 +52,8 @@ def answer(answers: TextIO, values: dict[str, Any]) -> None:
 
 
 def describe(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"{error}; expected it in this environment: `make bench` makes one with all engines"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
