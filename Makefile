@@ -2,11 +2,13 @@
 
 PYTHON ?= python3
 PROMPT ?= Once upon a time
+BENCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 SANITIZE := build/sanitize
+PEERS := build/bench/venv
 
 # The package is installed in place: a changed .py file is live at once, these need a new build.
 NATIVE := pyproject.toml constraints.txt CMakeLists.txt $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name CMakeLists.txt)
@@ -17,7 +19,7 @@ core_tests = $(1)/cmake -S . -B $(2) -DONEBIT_BUILD_PYTHON=OFF -DONEBIT_BUILD_TE
 	&& $(1)/cmake --build $(2) >/dev/null && $(1)/ctest --test-dir $(2) --output-on-failure --no-tests=error
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format sanitize clean
+.PHONY: help run test lint format sanitize bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -50,6 +52,9 @@ sanitize: $(SANITIZE)/.built ## run the tests of the core under AddressSanitizer
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider tests/core tests/attacks tests/engine
 
+bench: $(PEERS)/.built ## measure speed beside the machine's limits and other engines (BENCH="--quick")
+	@$(PEERS)/bin/python benchmarks/speed.py $(BENCH)
+
 clean: ## remove everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
@@ -81,4 +86,14 @@ $(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchai
 	@$(SANITIZE)/venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
 	  --config-settings=build-dir=$(SANITIZE)/cmake --config-settings=cmake.define.ONEBIT_SANITIZE=ON \
 	  . pytest hypothesis safetensors cmake
+	@touch $@
+
+# llama.cpp is compiled here, for this machine: a wheel that pip keeps may come from another one, or other flags.
+# The header keeps GCC 12 from breaking its AMX kernels.
+$(PEERS)/.built: $(NATIVE) benchmarks/requirements.txt benchmarks/engines/llama_amx.h | $(VENV)/.toolchain
+	@echo "onebit: installing PyTorch and other engines; llama.cpp is compiled (about ten minutes, once)" >&2
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[train]"
+	@CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/benchmarks/engines/llama_amx.h"' $(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-cache-dir \
+	  --constraint constraints.txt --requirement benchmarks/requirements.txt
 	@touch $@

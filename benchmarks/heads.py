@@ -7,16 +7,12 @@ turns in one process, beside a plain read of as many bytes; a time is the median
 """
 
 import argparse
-import ctypes
 import json
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+from limits import reader
 
 from onebit.checkpoint import Checkpoint, quantize
 from onebit.config import ModelConfig
@@ -25,35 +21,6 @@ from onebit.engine.model import Float32, Model, sample
 # Standard deviations of the best logit above the mean: a doubtful token, a usual one, a certain one.
 DEVIATIONS = (4.8, 6.4, 11.0)
 INPUTS = 4
-
-READER = """
-#include <stddef.h>
-#include <stdint.h>
-typedef uint64_t wide __attribute__((vector_size(64)));
-uint64_t read_all(const wide* p, size_t n) {
-  wide a = {0}, b = {0}, c = {0}, d = {0};
-  for (size_t i = 0; i + 4 <= n; i += 4) { a ^= p[i]; b ^= p[i + 1]; c ^= p[i + 2]; d ^= p[i + 3]; }
-  a ^= b ^ c ^ d;
-  return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-}
-"""
-
-
-def reader(threads: int) -> Callable[[np.ndarray], None]:
-    """Reads an array from memory on so many threads and does next to nothing with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "read.c"), Path(folder, "read.so")
-        source.write_text(READER)
-        subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True)
-        read_all = ctypes.CDLL(str(library)).read_all
-    read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    pool = ThreadPoolExecutor(threads)
-
-    def read(data: np.ndarray) -> None:
-        share = data.nbytes // threads // 256 * 256
-        list(pool.map(lambda i: read_all(data.ctypes.data + i * share, share // 64), range(threads)))
-
-    return read
 
 
 def master(vocab: int, width: int, seed: int) -> Checkpoint:

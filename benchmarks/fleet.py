@@ -1,0 +1,200 @@
+"""The processes that hold the engines: started once, asked one at a time, ended when memory is short.
+
+fleet = Fleet({"ours": Engine("onebit", sys.executable, {...}, need)})
+fleet.ask("ours", {"what": "decode", "threads": 2, "seconds": 0.5})
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foreign import Meter, Usage, usage
+
+from onebit.engine.memory import available_bytes
+
+WORKER = Path(__file__).parent / "engines" / "worker.py"
+
+# Threads of OpenMP spin for some milliseconds after their work; then they sleep, and the next turn may begin.
+SETTLE_S = 0.05
+
+
+class Absent(Exception):
+    """An engine cannot run here; the message says why."""
+
+
+@dataclass
+class Engine:
+    """How to start an engine.
+
+    Args:
+        arguments: of worker.py.
+        need: bytes of memory that it takes at its peak, about.
+        warm_up: times that each measurement runs before it counts.
+        fresh: whether each measurement takes a process of its own.
+    """
+
+    arguments: dict[str, Any]
+    need: int
+    warm_up: int = 1
+    fresh: bool = False
+
+
+@dataclass
+class Answer:
+    """A measurement.
+
+    Args:
+        value: in the unit of what was asked for.
+        usage: of the processors by others meanwhile; None where that is not known.
+    """
+
+    value: float
+    usage: Usage | None
+
+
+@dataclass
+class Worker:
+    """A running engine."""
+
+    process: subprocess.Popen[str]
+    info: dict[str, Any]
+    load_s: float
+    warm: set[str] = field(default_factory=set)
+
+
+class Fleet:
+    """All engines of a run.
+
+    Args:
+        engines: by name.
+    """
+
+    def __init__(self, engines: dict[str, Engine]) -> None:
+        self.engines = engines
+        self.info: dict[str, dict[str, Any]] = {}
+        self.loads_s: dict[str, list[float]] = {name: [] for name in engines}
+        self.peaks: dict[str, int] = {}
+        self.absent: dict[str, str] = {}
+        self._meter = Meter()
+        self._workers: dict[str, Worker] = {}
+        # Measurements that ended a process, by engine and request: they would end the next one too.
+        self._deadly: dict[tuple[str, str], str] = {}
+
+    def ask(self, name: str, request: dict[str, Any]) -> Answer:
+        """Make one measurement; the first ones of their kind in a process are made before, and forgotten.
+
+        Raises:
+            Absent: this engine cannot do it; `absent` remembers an engine that cannot even start.
+        """
+        if name in self.absent:
+            raise Absent(self.absent[name])
+        engine, key = self.engines[name], json.dumps(request, sort_keys=True)
+        if (name, key) in self._deadly:
+            raise Absent(self._deadly[name, key])
+        worker = self._workers.get(name) or self._start(name)
+        try:
+            if key not in worker.warm and not engine.fresh:
+                for _ in range(engine.warm_up):
+                    self._call(name, {**request, "seconds": 0})
+                worker.warm.add(key)
+            time.sleep(SETTLE_S)
+            before = self._look(name)
+            answer = self._call(name, request)
+            after = self._look(name)
+            self.peaks[name] = max(self.peaks.get(name, 0), answer["peak_bytes"])
+        except Absent as reason:
+            if worker.process.poll() is not None:
+                self._deadly[name, key] = str(reason)
+                self._stop(name)
+            raise
+        finally:
+            if engine.fresh:
+                self._stop(name)
+        return Answer(answer["value"], before and after and usage(before, after, self._meter.cpus))
+
+    def close(self) -> None:
+        """End all processes."""
+        for name in list(self._workers):
+            self._stop(name)
+
+    def start(self, name: str) -> dict[str, Any]:
+        """Start an engine and return what it says of itself.
+
+        Raises:
+            Absent: it cannot run here.
+        """
+        return (self._workers.get(name) or self._start(name)).info
+
+    def _start(self, name: str) -> Worker:
+        engine = self.engines[name]
+        self._make_room(name)
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), json.dumps(engine.arguments)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        worker = self._workers[name] = Worker(process, {}, 0.0)
+        try:
+            hello = self._receive(name)
+        except Absent as reason:
+            self.absent[name] = str(reason)
+            self._stop(name)
+            raise
+        worker.info, worker.load_s = hello["info"], hello["load_s"]
+        self.info[name] = worker.info
+        self.loads_s[name].append(worker.load_s)
+        return worker
+
+    def _make_room(self, name: str) -> None:
+        """End other engines, the largest first, until this one fits."""
+        need = self.engines[name].need
+        others = sorted(self._workers, key=lambda other: self.engines[other].need)
+        while (left := available_bytes()) is not None and left < need:
+            if not others:
+                reason = f"needs about {need / 1e9:.1f} GB of memory; {left / 1e9:.1f} GB are available"
+                self.absent[name] = reason
+                raise Absent(reason)
+            self._stop(others.pop())
+
+    def _call(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
+        stdin = self._workers[name].process.stdin
+        assert stdin is not None
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+        except BrokenPipeError:
+            # It died since its last answer; reading tells how.
+            pass
+        return self._receive(name)
+
+    def _receive(self, name: str) -> dict[str, Any]:
+        process = self._workers[name].process
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            code = process.wait()
+            raise Absent(
+                f"its process died with signal {-code}" if code < 0 else f"its process ended with {code}"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Absent(answer["error"])
+        return answer
+
+    def _look(self, name: str) -> Any:
+        pids = {worker: self._workers[worker].process.pid for worker in self._workers}
+        return self._meter.look([pids.pop(name)], pids.values())
+
+    def _stop(self, name: str) -> None:
+        worker = self._workers.pop(name, None)
+        if worker is None:
+            return
+        assert worker.process.stdin is not None
+        try:
+            worker.process.stdin.close()
+        except BrokenPipeError:
+            pass
+        worker.process.wait()
