@@ -174,9 +174,10 @@ def test_every_scheme_runs(weights, activations):
     assert np.isfinite(logits).all() and logits.std() > 0
 
 
-def test_full_precision_models_are_refused():
-    with pytest.raises(ValueError, match="full-precision"):
-        LLM(tiny.master(tiny.config(weights="dense", activations="none")))
+def test_full_precision_models_run_too():
+    llm = LLM(tiny.master(tiny.config(weights="dense", activations="none")))
+    assert llm.label == "W16A16KV16"
+    assert len(llm.generate([1, 2, 3], max_tokens=8, ignore_eos=True).tokens) == 8
 
 
 @pytest.mark.parametrize(

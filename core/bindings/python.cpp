@@ -163,6 +163,15 @@ class Tensors {
     return values.data;
   }
 
+  PackedMatrix dense(const std::string& name, std::int64_t n, std::int64_t k) {
+    require(n < (1 << 30) && k <= kMaxInputs, name, ": expected at most 2^30 rows of at most ", kMaxInputs, " inputs");
+    PackedMatrix matrix{};
+    matrix.n = static_cast<int>(n);
+    matrix.k = static_cast<int>(k);
+    matrix.bf16 = bf16(name, matrix.n, matrix.k);
+    return matrix;
+  }
+
   PackedMatrix matrix(const std::string& name, std::int64_t n, std::int64_t k, bool is_linear) {
     const nb::handle value = find(name);
     require(nb::isinstance<PackedArrays>(value), name, ": expected a PackedMatrix");
@@ -224,8 +233,11 @@ onebit::ModelConfig read_config(nb::handle config) {
       .activation = choose<FfnActivation>(config, "activation",
                                           {{"silu", FfnActivation::kSilu}, {"relu2", FfnActivation::kRelu2}}),
       .activations = choose<Activations>(
-          config, "activations", {{"a8", Activations::kA8}, {"a4", Activations::kA4}, {"a1", Activations::kA1}}),
+          config, "activations",
+          {{"a8", Activations::kA8}, {"a4", Activations::kA4}, {"a1", Activations::kA1}, {"none", Activations::kNone}}),
       .sub_norm = nb::cast<bool>(config.attr("sub_norm")),
+      .qk_norm = nb::cast<bool>(config.attr("qk_norm")),
+      .qkv_bias = nb::cast<bool>(config.attr("qkv_bias")),
   };
 }
 
@@ -256,7 +268,10 @@ onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_h
   for (int i = 0; i < config.n_layers; ++i) {
     const std::string prefix = "layers." + std::to_string(i) + ".";
     const auto linear = [&](const char* name, std::int64_t n, std::int64_t k) {
-      return tensors.matrix(prefix + name + ".weight", n, k, true);
+      const std::string full = prefix + name + ".weight";
+      // Dense activations go with dense weights, and with no others.
+      if (config.activations == onebit::Activations::kNone) return tensors.dense(full, n, k);
+      return tensors.matrix(full, n, k, true);
     };
     const auto gain = [&](const char* name, std::int64_t n) {
       return tensors.gain(prefix + name + ".weight", static_cast<int>(n));
@@ -271,6 +286,15 @@ onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_h
     layer.gate = linear("gate", config.d_ff, config.d_model);
     layer.up = linear("up", config.d_ff, config.d_model);
     layer.down = linear("down", config.d_model, config.d_ff);
+    if (config.qkv_bias) {
+      layer.q_bias = tensors.gain(prefix + "q.bias", static_cast<int>(q_width));
+      layer.k_bias = tensors.gain(prefix + "k.bias", static_cast<int>(kv_width));
+      layer.v_bias = tensors.gain(prefix + "v.bias", static_cast<int>(kv_width));
+    }
+    if (config.qk_norm) {
+      layer.q_norm = gain("q_norm", config.d_head);
+      layer.k_norm = gain("k_norm", config.d_head);
+    }
     if (config.sub_norm) {
       layer.attn_sub_norm = gain("attn_sub_norm", q_width);
       layer.ffn_sub_norm = gain("ffn_sub_norm", config.d_ff);

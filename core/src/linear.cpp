@@ -20,8 +20,11 @@ int pass_rows(const QuantizedRows& x) {
   return std::min(x.n_rows, std::clamp(step, kRowStep, kMaxPassRows));
 }
 
+// Rows of a dense matrix that stay in cache while activations pass over them.
+constexpr int kDenseRows = 32;
+
 int n_tiles(const PackedMatrix& matrix) {
-  const int rows = tile_rows(matrix.encoding);
+  const int rows = matrix.bf16 ? kDenseRows : tile_rows(matrix.encoding);
   return (matrix.n + rows - 1) / rows;
 }
 
@@ -47,9 +50,20 @@ void dot_group(const Kernels& kernels, const PackedMatrix& matrix, int tile, int
   }
 }
 
+void dense_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x) {
+  const PackedMatrix& matrix = *output.matrix;
+  const int first = tile * kDenseRows;
+  const int n = std::min(kDenseRows, matrix.n - first);
+  const std::uint16_t* w = matrix.bf16 + static_cast<std::size_t>(first) * x.ld;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(x.n_rows); ++t) {
+    kernels.dot_bf16(w, x.ld, x.floats.get() + t * x.ld, n, matrix.k, output.y + t * matrix.n + first);
+  }
+}
+
 void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x,
                  std::int32_t* sums, std::int32_t* part) {
   const PackedMatrix& matrix = *output.matrix;
+  if (matrix.bf16) return dense_tile(kernels, output, tile, x);
   const int rows = tile_rows(matrix.encoding);
   const int first = tile * rows;
   const int n = std::min(rows, matrix.n - first);
@@ -149,6 +163,10 @@ void QuantizedRows::resize(const PackedMatrix& matrix, int rows, int planes) {
   n_planes = planes;
   k = matrix.k;
   ld = pad_inputs(k);
+  if (matrix.bf16) {
+    floats.reserve(static_cast<std::size_t>(rows) * ld);
+    return;
+  }
   chunks = Chunks::of(matrix);
   codes.reserve(static_cast<std::size_t>(rows) * planes * ld);
   sums.reserve(static_cast<std::size_t>(rows) * planes * chunks.count());
@@ -156,6 +174,10 @@ void QuantizedRows::resize(const PackedMatrix& matrix, int rows, int planes) {
 }
 
 void QuantizedRows::write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row) {
+  if (!quantize) {
+    std::copy_n(x, k, floats.get() + static_cast<std::size_t>(row) * ld);
+    return;
+  }
   quantize(x, k, ld, row_codes(0, row), scale.get() + row);
   write_sums(kernels, 0, row);
 }

@@ -24,6 +24,8 @@ Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
       return kernels.quantize_a4;
     case Activations::kA1:
       return kernels.quantize_a1;
+    case Activations::kNone:
+      return nullptr;
     case Activations::kA8:
       break;
   }
@@ -70,7 +72,8 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& ker
   if (!kernels.prefers_r64) return;
   for (LayerWeights& layer : weights_.layers) {
     for (PackedMatrix* matrix : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
-      if (matrix->encoding == Encoding::kT80) *matrix = to_r64(pool_, *matrix, repacked_.emplace_back());
+      if (!matrix->bf16 && matrix->encoding == Encoding::kT80)
+        *matrix = to_r64(pool_, *matrix, repacked_.emplace_back());
     }
   }
 }
@@ -160,9 +163,19 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       const float* cos_H = w.cos_TH.get() + t * (d_head / 2);
       const float* sin_H = w.sin_TH.get() + t * (d_head / 2);
+      float* q_NH = w.q_TNH + t * q_width;
       float* k_KH = w.k_TKH + t * kv_width;
-      const float* v_KH = w.v_TKH + t * kv_width;
-      kernels_.rope(w.q_TNH + t * q_width, cos_H, sin_H, config_.n_heads, d_head);
+      float* v_KH = w.v_TKH + t * kv_width;
+      if (config_.qkv_bias) {
+        kernels_.add(weights.q_bias, q_width, q_NH);
+        kernels_.add(weights.k_bias, kv_width, k_KH);
+        kernels_.add(weights.v_bias, kv_width, v_KH);
+      }
+      if (config_.qk_norm) {
+        norm_heads(weights.q_norm, config_.n_heads, q_NH);
+        norm_heads(weights.k_norm, n_kv_heads, k_KH);
+      }
+      kernels_.rope(q_NH, cos_H, sin_H, config_.n_heads, d_head);
       kernels_.rope(k_KH, cos_H, sin_H, n_kv_heads, d_head);
       const std::int32_t* table = batch.block_tables + static_cast<std::size_t>(w.seq_T.get()[t]) * batch.table_width;
       const int block = table[batch.positions[t] / kBlockTokens];
@@ -188,6 +201,13 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   const LinearOutput o[] = {{&weights.o, w.y_TD}};
   linear(kernels_, pool_, o, w.codes);
   add_residual(0, batch.n_tokens);
+}
+
+void Model::norm_heads(const float* gain, int n_heads, float* x) const noexcept {
+  const int d_head = config_.d_head;
+  for (int head = 0; head < n_heads; ++head, x += d_head) {
+    kernels_.rms_norm(x, gain, config_.norm_eps, d_head, x);
+  }
 }
 
 void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {

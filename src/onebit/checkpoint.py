@@ -16,6 +16,7 @@ from onebit.config import ModelConfig
 from onebit.packing import (
     Float32,
     PackedTensor,
+    UInt16,
     bf16_rows,
     count_codes,
     from_bf16,
@@ -29,10 +30,10 @@ from onebit.packing import (
 Tensor = Float32 | PackedTensor
 
 # Layouts that hold the codes of each weight scheme, the default first.
-LINEAR_ENCODINGS: dict[str, tuple[str, ...]] = {"b1.58": ("t80", "r64"), "b1": ("b128",), "dense": ()}
+LINEAR_ENCODINGS: dict[str, tuple[str, ...]] = {"b1.58": ("t80", "r64"), "b1": ("b128",), "dense": ("bf16",)}
 ROW_ENCODING = "q8"
 
-# How the head is kept, and with it the embedding where they are one matrix; the default first.
+# How the head is kept, and with it the embedding where they are one matrix or the model is dense; the default first.
 HEADS = (ROW_ENCODING, "bf16")
 # What a bf16 head brings along: int8 rows, and float32 [2, V], at least the norms of their errors and of the rows.
 SHORTLIST, SHORTLIST_BOUNDS = "shortlist.weight", "shortlist.bounds"
@@ -86,8 +87,11 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """Bit widths of weights, activations and reference KV cache, as in "W1.58A8KV16"; with H16, of the head."""
-        return self.config.label + ("H16" if self.head == "bf16" else "")
+        """Bits of weights, activations and reference cache, as in "W1.58A8KV16", and of an unusual head, as in H16."""
+        usual = "bf16" if self.config.weights == "dense" else ROW_ENCODING
+        if self.head in (None, usual):
+            return self.config.label
+        return self.config.label + ("H16" if self.head == "bf16" else "H8")
 
     @property
     def head(self) -> str | None:
@@ -130,25 +134,23 @@ class Part(NamedTuple):
 
 
 def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | None = None) -> Checkpoint:
-    """Quantise and pack the linear layers; embedding and head become int8 rows, norms stay float32.
+    """Quantise and pack the linear layers; embedding and head become int8 rows, norms and biases stay float32.
 
-    A packed checkpoint keeps its codes and scales; only the layout of its linear layers changes.
+    Of a dense model, linear layers and embedding become bfloat16. A packed checkpoint keeps its codes and scales;
+    only the layout of its linear layers changes.
 
     Args:
         checkpoint: a float32 master or a packed model.
-        encoding: layout of the linear layers: "t80" (default) or "r64" for b1.58, "b128" for b1. None keeps
-            the layout of a packed model.
-        head: "q8" (default) or "bf16", which keeps the head, and an embedding tied to it, in bfloat16, with a
-            shortlist of int8 rows. None keeps the head of a packed model.
+        encoding: layout of the linear layers: "t80" (default) or "r64" for b1.58, "b128" for b1, "bf16" for dense
+            ones. None keeps the layout of a packed model.
+        head: "q8" (default) or "bf16" (default of dense models), which keeps the head, and an embedding tied to it, in
+            bfloat16, with a shortlist of int8 rows. None keeps the head of a packed model.
 
     Raises:
-        ValueError: a dense config, which has no codes, an encoding that cannot hold the scheme, or another head
-            for a packed model.
+        ValueError: an encoding that cannot hold the scheme, or another head for a packed model.
     """
     config = checkpoint.config
     allowed = LINEAR_ENCODINGS[config.weights]
-    if not allowed:
-        raise ValueError("a dense model has no codes to pack; train one with weights b1.58 or b1")
     if head is not None and head not in HEADS:
         raise ValueError(f"head is {head!r}; expected {' or '.join(HEADS)}")
     if checkpoint.is_packed and head not in (None, checkpoint.head):
@@ -162,11 +164,13 @@ def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | No
     if layout not in allowed:
         expected = " or ".join(allowed)
         raise ValueError(f"encoding {layout!r} cannot hold {config.weights} weights; expected {expected}")
+    if not checkpoint.is_packed:
+        head = head or ("bf16" if config.weights == "dense" else ROW_ENCODING)
     tensors = dict(checkpoint.tensors)
-    if not checkpoint.is_packed and head == "bf16":
+    if head == "bf16" and not checkpoint.is_packed:
         tensors |= _bf16_head(head_name(config), checkpoint.tensors)
     for name, tensor in tensors.items():
-        tensors[name] = _quantized(name, tensor, config, layout)
+        tensors[name] = _quantized(name, tensor, config, layout, head)
     return replace(checkpoint, tensors=tensors)
 
 
@@ -194,10 +198,12 @@ def code_histogram(checkpoint: Checkpoint) -> dict[int, float]:
     """Share of each code in the linear layers of a packed model, as {-1: 0.31, 0: 0.38, 1: 0.31}.
 
     Raises:
-        ValueError: a float32 master, which has no codes yet.
+        ValueError: a float32 master, which has no codes yet, or a dense model.
     """
     if not checkpoint.is_packed:
         raise ValueError("a float32 master has no codes; quantize it first")
+    if checkpoint.config.weights == "dense":
+        raise ValueError("a dense model has no codes")
     counts = dict.fromkeys((-1, 1) if checkpoint.config.weights == "b1" else (-1, 0, 1), 0)
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, PackedTensor) and checkpoint.config.is_linear(name):
@@ -249,8 +255,10 @@ def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple
     return (1,) if granularity == "tensor" else (n,)
 
 
-def _quantized(name: str, tensor: Tensor, config: ModelConfig, layout: str) -> Tensor:
-    encoding = layout if config.is_linear(name) else ROW_ENCODING
+def _quantized(name: str, tensor: Tensor, config: ModelConfig, layout: str, head: str | None) -> Tensor:
+    # Rows of a dense model are of one kind; of others, only the head may be bfloat16, which is made apart.
+    rows = "bf16" if config.weights == "dense" and head == "bf16" and name != SHORTLIST else ROW_ENCODING
+    encoding = layout if config.is_linear(name) else rows
     if isinstance(tensor, PackedTensor):
         if tensor.encoding in (encoding, "bf16"):
             return tensor
@@ -258,11 +266,13 @@ def _quantized(name: str, tensor: Tensor, config: ModelConfig, layout: str) -> T
         return tensor._replace(encoding=encoding, data=pack(codes, encoding))
     if tensor.ndim == 1 or name == SHORTLIST_BOUNDS:
         return tensor
+    n, k = tensor.shape
+    if encoding == "bf16":
+        return PackedTensor("bf16", (n, k), pack_bf16(_bf16(name, tensor)), np.ones(1, np.float32))
     if encoding == ROW_ENCODING:
         codes, scale = quant.quantize_rows(tensor, 8)
     else:
         codes, scale = quant.quantize_weights(tensor, config.weights, config.scale)
-    n, k = tensor.shape
     return PackedTensor(encoding, (n, k), pack(codes.astype(np.int8), encoding), scale)
 
 
@@ -271,9 +281,7 @@ def _bf16_head(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     master = tensors[name]
     assert not isinstance(master, PackedTensor)
     n, k = shape = master.shape
-    rows = to_bf16(master)
-    if (rows & 0x7F80 == 0x7F80).any():
-        raise ValueError(f"tensor {name} holds a number that is too large for bfloat16")
+    rows = _bf16(name, master)
     all_codes, all_scales = np.empty(shape, np.int8), np.empty(n, np.float32)
     bounds = np.empty((2, n), np.float32)
     for start in range(0, n, _BLOCK_ROWS):
@@ -292,6 +300,13 @@ def _bf16_head(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         SHORTLIST: PackedTensor(ROW_ENCODING, (n, k), pack(all_codes, ROW_ENCODING), all_scales),
         SHORTLIST_BOUNDS: bounds,
     }
+
+
+def _bf16(name: str, tensor: Float32) -> UInt16:
+    rows = to_bf16(tensor)
+    if (rows & 0x7F80 == 0x7F80).any():
+        raise ValueError(f"tensor {name} holds a number that is too large for bfloat16")
+    return rows
 
 
 def _part_name(name: str, config: ModelConfig) -> str:
@@ -318,10 +333,10 @@ def _check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], config: Mod
     if not isinstance(tensor, PackedTensor):
         raise ValueError(f"tensor {name} is float32, but the model is packed: pack all matrices or none")
     allowed = LINEAR_ENCODINGS[config.weights] if config.is_linear(name) else (ROW_ENCODING,)
-    if name == head_name(config):
+    if name == head_name(config) or (name == "embed.weight" and config.weights == "dense"):
         allowed = HEADS
     if tensor.encoding not in allowed:
-        expected = " or ".join(allowed) or "no packed tensor in a dense model"
+        expected = " or ".join(allowed)
         raise ValueError(f"tensor {name} has encoding {tensor.encoding!r}; expected {expected}")
     if tensor.shape != shape:
         raise ValueError(f"tensor {name} is {list(tensor.shape)}; the config asks for {list(shape)}")

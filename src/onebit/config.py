@@ -169,6 +169,8 @@ class ModelConfig:
         norm_eps: added to the mean square in every RMSNorm.
         activation: of the gate: "silu" (SwiGLU) or "relu2" (squared ReLU).
         sub_norm: RMSNorm before the o and the down projection.
+        qk_norm: RMSNorm of every query and key head, before the rotary positions.
+        qkv_bias: the q, k and v projections add a bias.
         tied_head: the head uses the embedding matrix.
         weights: scheme of the linear layers: "b1.58", "b1", or "dense" for a full-precision twin.
         activations: quantiser of the linear layers' inputs: "a8", "a4", "a1", or "none" (dense only).
@@ -193,6 +195,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: FfnActivation = "relu2"
     sub_norm: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
     tied_head: bool = True
     weights: Weights = "b1.58"
     activations: Activations = "a8"
@@ -230,7 +234,7 @@ class ModelConfig:
             raise ValueError(f"config: rope_theta is {self.rope_theta!r}; expected at least 1")
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise ValueError(f"config: rope_scaling is {self.rope_scaling!r}; expected a RopeScaling or None")
-        for name in ("sub_norm", "tied_head"):
+        for name in ("sub_norm", "qk_norm", "qkv_bias", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected true or false")
         if (self.weights == "dense") != (self.activations == "none"):
@@ -300,8 +304,12 @@ class ModelConfig:
             block: dict[str, tuple[int, ...]] = {"attn_norm": (self.d_model,), "ffn_norm": (self.d_model,)}
             if self.sub_norm:
                 block |= {"attn_sub_norm": (self.n_heads * self.d_head,), "ffn_sub_norm": (self.d_ff,)}
+            if self.qk_norm:
+                block |= {"q_norm": (self.d_head,), "k_norm": (self.d_head,)}
             block |= self.linear_shapes()
             shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
+            if self.qkv_bias:
+                shapes |= {f"layers.{i}.{name}.bias": (block[name][0],) for name in ("q", "k", "v")}
         shapes["norm.weight"] = (self.d_model,)
         if not self.tied_head:
             shapes["head.weight"] = (self.vocab_size, self.d_model)
@@ -310,13 +318,14 @@ class ModelConfig:
     def is_linear(self, name: str) -> bool:
         """Whether a canonical tensor name is one of the quantised linear layers."""
         parts = name.split(".")
-        return len(parts) == 4 and parts[0] == "layers" and parts[2] in self.linear_shapes()
+        return len(parts) == 4 and parts[::3] == ["layers", "weight"] and parts[2] in self.linear_shapes()
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON-ready values; rope_scaling only where there is one."""
+        """The config as JSON-ready values; what few models have, rope_scaling among them, only where it is set."""
         values = asdict(self)
-        if self.rope_scaling is None:
-            del values["rope_scaling"]
+        for name in ("rope_scaling", "qk_norm", "qkv_bias"):
+            if not values[name]:
+                del values[name]
         values["eos_tokens"] = list(self.eos_tokens)
         return values
 

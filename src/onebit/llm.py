@@ -115,7 +115,7 @@ class LLM:
             stay exact; that none is missed is only very probable. None misses none.
 
     Raises:
-        ValueError: a full-precision model, an unknown kv_cache or shortlist, or heads too wide for "int8".
+        ValueError: an unknown kv_cache or shortlist, or heads too wide for "int8".
     """
 
     def __init__(
@@ -130,8 +130,6 @@ class LLM:
             raise ValueError(f"shortlist is {shortlist!r}; expected 'int4' or None")
         if kv_cache not in KV_FORMATS:
             raise ValueError(f"kv_cache is {kv_cache!r}; expected {', '.join(KV_FORMATS)}")
-        if checkpoint.config.weights == "dense":
-            raise ValueError("this is a full-precision model; the engine runs b1.58 and b1 weights only")
         self.checkpoint = quantize(checkpoint)
         self.config = checkpoint.config
         self.shortlist = shortlist
@@ -301,7 +299,7 @@ def load(
         shortlist: None or "int4"; see LLM.
 
     Raises:
-        ValueError: a damaged file, a full-precision model, or an unknown kv_cache or shortlist.
+        ValueError: a damaged file, or an unknown kv_cache or shortlist.
         OSError: a file that cannot be read.
     """
     return LLM(

@@ -241,7 +241,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "config of another width": (config(d_ff=96), "sub_norm.weight is float32|is described as"),
     "config of a dense model": (
         config(weights="dense", activations="none"),
-        "has encoding 't80'; expected no packed",
+        "has encoding 't80'; expected bf16",
     ),
     "config of a binary model": (config(weights="b1"), "has encoding 't80'; expected b128"),
     "config with other groups": (config(scale="row"), "is described as"),

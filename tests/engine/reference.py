@@ -16,7 +16,8 @@ def logits(checkpoint: Checkpoint, tokens: list[int], kv_cache: str = "bf16") ->
     """float32 [T, V] of all tokens of a sequence."""
     config = checkpoint.config
     weights = checkpoint.tensors
-    quantize = quant.ACTIVATION_QUANTIZERS[config.activations]
+    dense = config.weights == "dense"
+    quantize = as_it_is if dense else quant.ACTIVATION_QUANTIZERS[config.activations]
     cos_TH, sin_TH = angles(len(tokens), config)
 
     def norm(x, name):
@@ -28,11 +29,16 @@ def logits(checkpoint: Checkpoint, tokens: list[int], kv_cache: str = "bf16") ->
         layer = f"layers.{i}."
 
         def linear(x, name, layer=layer):
-            return product(weights[f"{layer}{name}.weight"], *quantize(x))
+            y = product(weights[f"{layer}{name}.weight"], *quantize(x))
+            bias = weights.get(f"{layer}{name}.bias")
+            return y if bias is None else y + bias
 
         h_TD = norm(x_TD, f"{layer}attn_norm.weight")
-        q_TNH = rotated(linear(h_TD, "q").reshape(len(tokens), config.n_heads, -1), cos_TH, sin_TH)
-        k_TKH = rotated(linear(h_TD, "k").reshape(len(tokens), config.n_kv_heads, -1), cos_TH, sin_TH)
+        q_TNH = linear(h_TD, "q").reshape(len(tokens), config.n_heads, -1)
+        k_TKH = linear(h_TD, "k").reshape(len(tokens), config.n_kv_heads, -1)
+        if config.qk_norm:
+            q_TNH, k_TKH = norm(q_TNH, f"{layer}q_norm.weight"), norm(k_TKH, f"{layer}k_norm.weight")
+        q_TNH, k_TKH = rotated(q_TNH, cos_TH, sin_TH), rotated(k_TKH, cos_TH, sin_TH)
         v_TKH = linear(h_TD, "v").reshape(len(tokens), config.n_kv_heads, -1)
         if kv_cache == "int8":
             a_TD = attention_int8(q_TNH, k_TKH, v_TKH)
@@ -53,12 +59,19 @@ def logits(checkpoint: Checkpoint, tokens: list[int], kv_cache: str = "bf16") ->
             f_TF = norm(f_TF, f"{layer}ffn_sub_norm.weight")
         x_TD = x_TD + linear(f_TF, "down")
     head = weights["embed.weight" if config.tied_head else "head.weight"]
-    return product(head, *quant.quantize_a15(norm(x_TD, "norm.weight")))
+    return product(head, *(as_it_is if dense else quant.quantize_a15)(norm(x_TD, "norm.weight")))
+
+
+def as_it_is(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is not quantised: itself, with the scale 1."""
+    return x, np.float32(1)
 
 
 def product(tensor: PackedTensor, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Codes [T, K] times a packed matrix [N, K]: exact sums, one rounding each, groups in ascending order."""
     n, k = tensor.shape
+    if tensor.encoding == "bf16":
+        return codes @ to_dense(tensor).T
     weights = unpack(tensor.data, tensor.encoding, tensor.shape).astype(np.float64)
     scale_NG = tensor.scale if tensor.scale.ndim == 2 else np.broadcast_to(tensor.scale[:, None], (n, 1))
     length = k // scale_NG.shape[1]

@@ -5,7 +5,8 @@ import pytest
 
 import tiny
 from onebit import formats
-from onebit.checkpoint import dequantize, quantize
+from onebit.checkpoint import dequantize, quantize, to_dense
+from onebit.packing import from_bf16, to_bf16
 
 
 @pytest.fixture
@@ -63,8 +64,17 @@ def test_convert_refuses_before_it_writes(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_dense_twin_is_not_packed(tmp_path):
-    formats.write(tiny.master(tiny.config(weights="dense", activations="none")), tmp_path / "twin")
+@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize(("head", "label"), [(None, "W16A16KV16"), ("q8", "W16A16KV16H8")])
+def test_a_dense_twin_is_packed_as_bfloat16(tied_head, head, label, tmp_path):
+    config = tiny.config(weights="dense", activations="none", tied_head=tied_head, qkv_bias=True)
+    formats.write(tiny.master(config), tmp_path / "twin")
     assert formats.read(tmp_path / "twin").label == "W16A16KV16"
-    with pytest.raises(ValueError, match="a dense model has no codes"):
-        formats.convert(tmp_path / "twin", tmp_path / "x.onebit")
+    packed = formats.convert(tmp_path / "twin", tmp_path / "x.onebit", head=head)
+    again = formats.read(tmp_path / "x.onebit")
+    assert packed.label == again.label == label
+    for name, tensor in again.tensors.items():
+        if config.is_linear(name):
+            assert tensor.encoding == "bf16"
+            rows = to_dense(formats.read(tmp_path / "twin").tensors[name])
+            assert np.array_equal(to_dense(tensor), from_bf16(to_bf16(rows)))

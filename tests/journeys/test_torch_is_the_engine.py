@@ -14,6 +14,7 @@ from onebit.llm import LLM
 from onebit.nn.transformer import Transformer
 
 CONFIGS = {
+    "norms and biases": {"qk_norm": True, "qkv_bias": True},
     "relu2": {},
     "silu": {"activation": "silu", "sub_norm": False, "tied_head": False},
     "binary": {"weights": "b1", "scale": "row"},

@@ -17,6 +17,7 @@ VARIANTS = [
     {"weights": "b1", "scale": "row"},
     {"scale": 16, "activations": "a4"},
     {"weights": "dense", "activations": "none"},
+    {"qk_norm": True, "qkv_bias": True},
 ]
 
 

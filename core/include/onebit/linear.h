@@ -27,7 +27,7 @@ struct Chunks {
   int length(int chunk) const;
 };
 
-// Codes of T rows with their multipliers. 15-bit codes have two planes, hi and lo: first all rows of the one, then all of
+// Codes of T rows with their multipliers, or floats for dense matrices. 15-bit codes have two planes, hi and lo: first all rows of the one, then all of
 // the other, so that both can be multiplied in one pass over a tile.
 struct QuantizedRows {
   int n_rows = 0;
@@ -38,6 +38,7 @@ struct QuantizedRows {
   Buffer<std::int8_t> codes;  // [planes, T, ld], zeros beyond K
   Buffer<std::int32_t> sums;  // [chunks, planes, T]: the sum of each chunk of codes
   Buffer<float> scale;        // [T]
+  Buffer<float> floats;       // [T, ld] instead of all that
 
   std::int8_t* row_codes(int plane, int row) const {
     return codes.get() + (static_cast<std::size_t>(plane) * n_rows + row) * ld;
@@ -50,6 +51,7 @@ struct QuantizedRows {
 
   // Makes room for n_rows inputs of the matrix, whose other matrices must have the same K and scale groups.
   void resize(const PackedMatrix& matrix, int n_rows, int n_planes);
+  // Without a quantiser, keeps the floats.
   void write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row);
   void write15(const Kernels& kernels, const float* x, int row);
 
@@ -65,7 +67,8 @@ struct LinearOutput {
   float* y;  // [T, N]
 };
 
-// y[t, n] = (sum over groups g, ascending, of float(acc_g) * w_scale[n, g]) * x_scale[t], for every output.
+// y[t, n] = (sum over groups g, ascending, of float(acc_g) * w_scale[n, g]) * x_scale[t], for every output; of dense
+// matrices lane_sum(w[n] * x[t]).
 void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, QuantizedRows& x);
 
 // y[t, n] = (float(hi * 128 + lo) * w_scale[n]) * x_scale[t]. The matrix has one scale per row.

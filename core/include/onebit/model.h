@@ -20,7 +20,7 @@
 namespace onebit {
 
 enum class FfnActivation { kSilu, kRelu2 };
-enum class Activations { kA8, kA4, kA1 };
+enum class Activations { kA8, kA4, kA1, kNone };
 
 struct ModelConfig {
   int vocab_size;
@@ -36,19 +36,27 @@ struct ModelConfig {
   FfnActivation activation;
   Activations activations;
   bool sub_norm;
+  bool qk_norm;
+  bool qkv_bias;
 };
 
-// Gains are float32 of the width they normalise; the sub-norms are null without config.sub_norm.
+// Gains are float32 of the width they normalise, and biases of the width of their output; sub-norms, norms of q and k (of
+// one head) and biases are null where the config has none.
 struct LayerWeights {
   const float* attn_norm;
   const float* attn_sub_norm;
+  const float* q_norm;
+  const float* k_norm;
   PackedMatrix q, k, v, o;
+  const float* q_bias;
+  const float* k_bias;
+  const float* v_bias;
   const float* ffn_norm;
   const float* ffn_sub_norm;
   PackedMatrix gate, up, down;
 };
 
-// Linear layers are T80, R64 or B128; embedding and head (the same where tied) are Q8 with one scale per row, or bfloat16.
+// Linear layers are T80, R64 or B128, or all of them dense, with activations kNone; embedding and head (the same where tied) are Q8 with one scale per row, or bfloat16.
 struct ModelWeights {
   PackedMatrix embed;                         // unused with embed_bf16
   const std::uint16_t* embed_bf16 = nullptr;  // [vocab_size, pad_inputs(d_model)]
@@ -76,6 +84,7 @@ class Model {
   void reserve(const Batch& batch);
   void embed(const Batch& batch);
   void attention(const Batch& batch, KvCache& cache, int layer);
+  void norm_heads(const float* gain, int n_heads, float* x) const noexcept;
   void feed_forward(const LayerWeights& layer, int first, int n_tokens);
   void head(const Batch& batch, float* logits);
   void add_residual(int first, int n_tokens);

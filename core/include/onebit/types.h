@@ -34,6 +34,9 @@ struct PackedMatrix {
   const float* scale;  // multiplier: [1], [n], or [n, k / group]
   bool scale_per_row;  // false: one scale for the matrix
   int group;           // inputs that share a scale; 0: all of them
+
+  // A dense matrix has this instead of codes and scales: bfloat16 [at least n, pad_inputs(k)].
+  const std::uint16_t* bf16 = nullptr;
 };
 
 // Sequences one after another, each a run of consecutive positions. Keys and values of its tokens go into the blocks of

@@ -38,15 +38,13 @@ def info(
         if path.is_dir():
             raise ValueError(f"{path}: is a run folder; only .onebit files carry hashes to verify")
         formats.native.verify(path)
-    if checkpoint.config.weights != "dense":
-        # A run folder is shown as the engine packs it.
-        checkpoint = quantize(checkpoint)
+    # A run folder is shown as the engine packs it.
+    checkpoint = quantize(checkpoint)
     console = Console()
     console.print(_machine_table())
     console.print(_model_table(path, checkpoint))
     console.print(parts_table(checkpoint))
-    if checkpoint.is_packed:
-        console.print(_memory_table(path, checkpoint))
+    console.print(_memory_table(path, checkpoint))
     if checkpoint.provenance:
         console.print(_provenance_table(checkpoint))
     if verify:
@@ -95,15 +93,15 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     )
     table.add_row("vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tied_head else 'own'} head")
     table.add_row("context", f"{config.max_seq_len:,} tokens")
-    if checkpoint.is_packed:
-        encodings = {
-            tensor.encoding
-            for name, tensor in checkpoint.tensors.items()
-            if isinstance(tensor, PackedTensor) and config.is_linear(name)
-        }
-        table.add_row("encoding", ", ".join(sorted(encodings)))
-        heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
-        table.add_row("head", heads[checkpoint.head or "q8"])
+    encodings = {
+        tensor.encoding
+        for name, tensor in checkpoint.tensors.items()
+        if isinstance(tensor, PackedTensor) and config.is_linear(name)
+    }
+    table.add_row("encoding", ", ".join(sorted(encodings)))
+    heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
+    table.add_row("head", heads[checkpoint.head or "q8"])
+    if config.weights != "dense":
         shares = code_histogram(checkpoint)
         table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
     table.add_row("chat template", "yes" if checkpoint.chat_template else "no")

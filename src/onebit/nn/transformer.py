@@ -33,11 +33,13 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A float32 master matrix [out, in] without bias; `Block` decides how it multiplies."""
+    """A float32 master matrix [out, in], for some with a bias; `Block` decides how it multiplies."""
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int, k: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n, k))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(n))
 
 
 class Block(nn.Module):
@@ -51,8 +53,11 @@ class Block(nn.Module):
         if config.sub_norm:
             self.attn_sub_norm = RMSNorm(config.n_heads * config.d_head, config.norm_eps)
             self.ffn_sub_norm = RMSNorm(config.d_ff, config.norm_eps)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.d_head, config.norm_eps)
+            self.k_norm = RMSNorm(config.d_head, config.norm_eps)
         for name, (n, k) in config.linear_shapes().items():
-            setattr(self, name, Linear(n, k))
+            setattr(self, name, Linear(n, k, bias=config.qkv_bias and name in ("q", "k", "v")))
 
     def linear(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
         """Multiply x [..., in] by the named matrices; they share its quantisation."""
@@ -65,9 +70,14 @@ class Block(nn.Module):
         """One block; cos and sin are float32 [T, H / 2]."""
         c = self.config
         q, k, v = self.linear(self.attn_norm(x_BTD), "q", "k", "v")
-        q_BNTH = rope(_heads(q, c.n_heads), cos_TH, sin_TH)
+        if c.qkv_bias:
+            q, k, v = (x + getattr(self, name).bias for x, name in zip((q, k, v), "qkv", strict=True))
+        q_BNTH, k_BKTH = _heads(q, c.n_heads), _heads(k, c.n_kv_heads)
+        if c.qk_norm:
+            q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
+        q_BNTH = rope(q_BNTH, cos_TH, sin_TH)
         # The cache holds bfloat16, so keys and values are rounded here too.
-        k_BKTH = rope(_heads(k, c.n_kv_heads), cos_TH, sin_TH).bfloat16().float()
+        k_BKTH = rope(k_BKTH, cos_TH, sin_TH).bfloat16().float()
         v_BKTH = _heads(v, c.n_kv_heads).bfloat16().float()
         if self.training:
             grouped = c.n_kv_heads != c.n_heads
