@@ -1,5 +1,5 @@
-// core_tests [--expect TABLE...]: all tests, over every table of kernels that this machine runs. Those that are expected,
-// best first, must be there and no others, so that a table does not fall out unnoticed.
+// core_tests [--expect TABLE...]: all tests, over every table of kernels that this machine runs. Those that are
+// expected, best first, must be there and no others, so that a table does not fall out unnoticed.
 #include <cstring>
 #include <string>
 

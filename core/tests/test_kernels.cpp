@@ -1,7 +1,7 @@
 // Every kernel of every table gives the bits of the scalar one. Kind: exact.
 //
-// Inputs are any bytes and any numbers, also those that packing and models never produce. Outputs lie before a guard that
-// nobody may write, and what a kernel must not read is garbage.
+// Inputs are any bytes and any numbers, also those that packing and models never produce. Outputs lie before a guard
+// that nobody may write, and what a kernel must not read is garbage.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -1,7 +1,7 @@
 // A whole model gives the same logits with every table, on every architecture. Kinds: invariant, golden.
 //
-// The hashes were printed by the scalar table on x86-64. They change with the definition of the numbers, and with nothing
-// else: set them to what a failing check prints.
+// The hashes were printed by the scalar table on x86-64. They change with the definition of the numbers, and with
+// nothing else: set them to what a failing check prints.
 #include <cmath>
 #include <cstring>
 #include <vector>

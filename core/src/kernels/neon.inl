@@ -2,25 +2,26 @@
 //
 // Included after lanes.inl, inside a namespace of its own. The file that includes it gives `Many`, see dot_many.
 //
-// A unit is 64 bytes, four registers ("quads"): lane r of the unit holds rows 16 * j + r at 4 consecutive inputs, one row
-// group j per digit of the byte. sdot takes 4 of the 16 activations of a register for all its lanes, so one load of them
-// serves four units, and a lane of an accumulator is a row: no horizontal sum.
+// A unit is 64 bytes, four registers ("quads"): lane r of the unit holds rows 16 * j + r at 4 consecutive inputs, one
+// row group j per digit of the byte. sdot takes 4 of the 16 activations of a register for all its lanes, so one load of
+// them serves four units, and a lane of an accumulator is a row: no horizontal sum.
 //
 //   quad 0   r0 k0..k3 | r1 | r2 | r3     quad 1   r4 | r5 | r6 | r7     quad 2   r8 ..     quad 3   r12 .. r15
 //
-// Few tokens: "planes" of the bytes, signed and seldom single digits, are dotted, and rows follow from the plane sums D,
-// because a dot product is linear. S is the sum of the activations. Operations are those on registers, per quad:
+// Few tokens: "planes" of the bytes, signed and seldom single digits, are dotted, and rows follow from the plane sums
+// D, because a dot product is linear. S is the sum of the activations. Operations are those on registers, per quad:
 //
-//   layout   planes of a byte x               rows                                                  dots + other
-//   T80      z_0 = x ^ 128, z_{i+1} = 3 z_i   (3 D_i - D_{i+1}) >> 8                                6 + 6 for 80 weights
-//   R64      x & 3, x & 12, x & 48, x >> 6    D_0 - S, (D_1 >> 2) - S, (D_2 >> 4) - S, D_3 - S      4 + 4 for 64
-//   B128     z_j = x << j                     2 B_j - S,  B_j = B_{j+1} + ((D_{j+1} - 2 D_j) >> 8)  8 + 7 for 128
-//   Q8       x ^ 128                          D                                                     1 + 1 for 16
-//   Q4       x & 15, x >> 4                   D_j - 8 S                                             2 + 2 for 32
+//   layout   planes of a byte x              rows                                                 dots + other
+//   T80      z_0 = x ^ 128, z_{i+1} = 3 z_i  (3 D_i - D_{i+1}) >> 8                               6 + 6 for 80 weights
+//   R64      x & 3, x & 12, x & 48, x >> 6   D_0 - S, (D_1 >> 2) - S, (D_2 >> 4) - S, D_3 - S     4 + 4 for 64
+//   B128     z_j = x << j                    2 B_j - S, B_j = B_{j+1} + ((D_{j+1} - 2 D_j) >> 8)  8 + 7 for 128
+//   Q8       x ^ 128                         D                                                    1 + 1 for 16
+//   Q4       x & 15, x >> 4                  D_j - 8 S                                            2 + 2 for 32
 //
-// T80: let z = u - 128, where u is the byte times a power of 3, modulo 256. With 3 * 128 = 128 modulo 256, z_{i+1} is 3 z_i
-// as it wraps, and 3 z_i - z_{i+1} = 256 (t_i - 1). B128: bit b_j tops x << j, which as signed is 256 b_j too small, so
-// 2 z_j - z_{j+1} = 256 (b_{j+1} - b_j), and b_8 = 0. Sums may wrap: 256 times a row's sum fits in 32 bits to 33000 inputs.
+// T80: let z = u - 128, where u is the byte times a power of 3, modulo 256. With 3 * 128 = 128 modulo 256, z_{i+1} is
+// 3 z_i as it wraps, and 3 z_i - z_{i+1} = 256 (t_i - 1). B128: bit b_j tops x << j, which as signed is 256 b_j too
+// small, so 2 z_j - z_{j+1} = 256 (b_{j+1} - b_j), and b_8 = 0. Sums may wrap: 256 times a row's sum fits in 32 bits to
+// 33000 inputs.
 //
 // Many tokens: the weights of some inputs are unpacked into scratch in L1, as signed bytes, and multiplied as they are.
 
@@ -255,8 +256,8 @@ void dot_few(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx,
 constexpr int kManyInputs = 256;
 // Tokens that are multiplied at a time.
 constexpr int kManyTokens = 4;
-// A pair of units of one row group, unpacked: 8 inputs of 16 rows. Each quad of the first unit is followed by that of the
-// second, or what Many::order makes of the two.
+// A pair of units of one row group, unpacked: 8 inputs of 16 rows. Each quad of the first unit is followed by that of
+// the second, or what Many::order makes of the two.
 constexpr int kPairBytes = 2 * kUnitBytes;
 
 template <typename Layout, typename Many>
@@ -299,8 +300,8 @@ ONEBIT_INLINE void dot_block(const std::int8_t* weights, const std::int8_t* x, s
   }
 }
 
-// Many: how a row group of unpacked weights is multiplied. kFrom: the number of tokens from which unpacking pays. order:
-// in which order the bytes of two quads are wanted. dot<kM>: the sums of k inputs for kM <= kManyTokens tokens.
+// Many: how a row group of unpacked weights is multiplied. kFrom: the number of tokens from which unpacking pays.
+// order: in which order the bytes of two quads are wanted. dot<kM>: the sums of k inputs for kM <= kManyTokens tokens.
 template <typename Layout, typename Many>
 void dot_many(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, int m, int k,
               std::int32_t* out) noexcept {

@@ -1,4 +1,5 @@
-// Kernels for ARMv8.2 with dot products: Apple M1, Cortex-A76, Neoverse N1 and later. The algorithm is in neon.inl.
+// Kernels for ARMv8.2 with dot products: Apple M1, Cortex-A76, Neoverse N1 and later. The algorithm is in neon.inl. The
+// figures of CPUs are the vendors' and others', not ours.
 //
 //   instruction         does                                     latency: N1   M1     per cycle: N1   V1   M1
 //   sdot .4s, .4b[i]    4 sums += 4 products s8 * s8             1 - 2         3      2               4    4

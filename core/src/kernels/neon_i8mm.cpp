@@ -1,5 +1,5 @@
 // Kernels for ARMv8 with int8 matrix products: Apple M2, Neoverse V1 and N2, Cortex-A710 and later. The algorithm is in
-// neon.inl.
+// neon.inl. The figures of CPUs are the vendors', not ours.
 //
 //   instruction         does                                               latency   per cycle: Neoverse N2   V1
 //   smmla .4s           2 rows x 2 tokens += 8 products s8 * s8 each       3         2                        4
