@@ -9,17 +9,28 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 SANITIZE := build/sanitize
 PEERS := build/bench/venv
+EMULATE := build/emulate
 
 # The package is installed in place: a changed .py file is live at once, these need a new build.
 NATIVE := pyproject.toml constraints.txt CMakeLists.txt $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name CMakeLists.txt)
 CORE_SOURCES = $(shell find core -name '*.h' -o -name '*.cpp' -o -name '*.inl')
 
 # What Python cannot reach, tested in C++: $(call core_tests, folder of cmake, build folder, options).
-core_tests = $(1)/cmake -S . -B $(2) -DONEBIT_BUILD_PYTHON=OFF -DONEBIT_BUILD_TESTS=ON $(3) >/dev/null \
-	&& $(1)/cmake --build $(2) >/dev/null && $(1)/ctest --test-dir $(2) --output-on-failure --no-tests=error
+core_build = $(1)/cmake -S . -B $(2) -DONEBIT_BUILD_PYTHON=OFF -DONEBIT_BUILD_TESTS=ON $(3) >/dev/null \
+	&& $(1)/cmake --build $(2) >/dev/null
+core_tests = $(core_build) && $(1)/ctest --test-dir $(2) --output-on-failure --no-tests=error
+
+# The same on another CPU: $(call emulated_tests, build folder, emulator, CPU, the kernels that it must have).
+emulated_tests = $(2) -cpu $(3) $(1)/core/core_tests --expect $(4)
+QEMU_AARCH64 := qemu-aarch64 -L /usr/aarch64-linux-gnu
+CROSS_AARCH64 := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+# Without what the emulator lacks, and would complain about in each thread.
+HASWELL := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
+HAVE_EMULATORS := command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && command -v qemu-x86_64 >/dev/null
+EMULATOR_PACKAGES := apt install g++-aarch64-linux-gnu qemu-user
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format sanitize bench clean
+.PHONY: help run test emulate lint format sanitize bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -30,7 +41,18 @@ run: $(VENV)/.run ## build once, then let the shipped model tell a story (PROMPT
 
 test: $(VENV)/.dev ## run the whole test suite
 	@$(call core_tests,$(BIN),build/core,)
+	@if $(HAVE_EMULATORS); then $(MAKE) --no-print-directory emulate; \
+	else echo "onebit: left out: the kernel tests on instruction sets that this machine lacks ($(EMULATOR_PACKAGES))" >&2; fi
 	@$(BIN)/python -m pytest
+
+emulate: $(VENV)/.dev ## run the kernel tests on instruction sets that this machine lacks
+	@{ $(HAVE_EMULATORS); } || { echo "onebit: no cross compiler or no emulator; $(EMULATOR_PACKAGES)" >&2; exit 1; }
+	@$(call core_build,$(BIN),$(EMULATE)/aarch64,$(CROSS_AARCH64))
+	@$(call emulated_tests,$(EMULATE)/aarch64,$(QEMU_AARCH64),max,neon_i8mm neon_dotprod scalar)
+	@$(call emulated_tests,$(EMULATE)/aarch64,$(QEMU_AARCH64),cortex-a76,neon_dotprod scalar)
+	@$(call emulated_tests,$(EMULATE)/aarch64,$(QEMU_AARCH64),cortex-a72,scalar)
+	@if [ "$$(uname -m)" = x86_64 ]; then $(call core_build,$(BIN),build/core,) \
+	&& $(call emulated_tests,build/core,qemu-x86_64,$(HASWELL),avx2 scalar); fi
 
 lint: $(VENV)/.dev ## check style, types and formatting
 	@$(BIN)/ruff check .

@@ -27,7 +27,8 @@ def text_files() -> list[Path]:
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [f for f in folders if f not in SKIPPED and not f.endswith(("cache__", "_cache"))]
         found += [Path(folder) / file for file in files]
-    return sorted(f for f in found if f.suffix in TEXT)
+    # In a second worktree .git is a file.
+    return sorted(f for f in found if f.suffix in TEXT and f.name not in SKIPPED)
 
 
 def documents() -> list[Path]:

@@ -97,7 +97,8 @@ void Head::forward(ThreadPool& pool, int n_rows, const std::int32_t* top_k, floa
   const int n = weights_.q8.n;
   const int d = weights_.q8.k;
   const int k = top_k ? *std::max_element(top_k, top_k + n_rows) : 0;
-  const bool needs_all = !shortlist_.data || *std::min_element(top_k, top_k + n_rows) == 0 || k > n / kMaxShare;
+  const bool needs_all =
+      !shortlist_.data || !top_k || *std::min_element(top_k, top_k + n_rows) == 0 || k > n / kMaxShare;
   if (needs_all && weights_.bf16) {
     pool.run(n_blocks(n), [&](int, int begin, int end) {
       for (std::size_t v = static_cast<std::size_t>(begin) * kBlock; begin < end; ++begin, v += kBlock) {

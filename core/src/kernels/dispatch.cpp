@@ -11,6 +11,16 @@
 #include <unistd.h>
 #endif
 #endif
+#if defined(ONEBIT_AARCH64_KERNELS)
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_WIN32)
+#include <windows.h>
+#endif
+#endif
 
 #include "tables.h"
 
@@ -57,10 +67,53 @@ bool has_amx() noexcept {
 }
 #endif
 
+// User programs may not ask an ARM CPU what it has; each system tells in its own way.
+#if defined(ONEBIT_AARCH64_KERNELS)
+#if defined(__APPLE__)
+bool has_feature(const char* name) noexcept {
+  int value = 0;
+  std::size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+bool has_neon_dotprod() noexcept {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  return has_feature("hw.optional.arm.FEAT_DotProd");
+#elif defined(PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE)
+  return IsProcessorFeaturePresent(PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE);
+#else
+  return false;
+#endif
+}
+
+bool has_neon_i8mm() noexcept {
+  if (!has_neon_dotprod()) return false;
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+#elif defined(__APPLE__)
+  return has_feature("hw.optional.arm.FEAT_I8MM");
+#elif defined(PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE)
+  return IsProcessorFeaturePresent(PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE);
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first.
 constexpr Candidate kCandidates[] = {
 #if defined(ONEBIT_X86_64_KERNELS)
-    {&kAmx, has_amx},   {&kAvx512Vnni, has_avx512vnni}, {&kAvxVnni, has_avxvnni}, {&kAvx2, has_avx2},
+    {&kAmx, has_amx},
+    {&kAvx512Vnni, has_avx512vnni},
+    {&kAvxVnni, has_avxvnni},
+    {&kAvx2, has_avx2},
+#endif
+#if defined(ONEBIT_AARCH64_KERNELS)
+    {&kNeonI8mm, has_neon_i8mm},
+    {&kNeonDotprod, has_neon_dotprod},
 #endif
     {&kScalar, always},
 };

@@ -135,19 +135,20 @@ ONEBIT_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
 }
 
 // In each block of 2 * kWidth lanes: lanes [0, kWidth) of a, then of b (kFrom = 0), or [kWidth, 2 * kWidth) of each.
-template <int kWidth, int kFrom>
-ONEBIT_INLINE Vector gather(Vector a, Vector b) {
+// V is Vector: a parameter, because clang looks into branches for other widths unless their types depend on one.
+template <int kWidth, int kFrom, typename V>
+ONEBIT_INLINE V gather(V a, V b) {
 #define ONEBIT_LANE(i) ((i) / (2 * kWidth) * (2 * kWidth) + (i) % kWidth + kFrom + ((i) / kWidth % 2) * kPartLanes)
 #define ONEBIT_LANES4(i) ONEBIT_LANE(i), ONEBIT_LANE(i + 1), ONEBIT_LANE(i + 2), ONEBIT_LANE(i + 3)
 #define ONEBIT_LANES8(i) ONEBIT_LANES4(i), ONEBIT_LANES4(i + 4)
 #if defined(__clang__)
-  if constexpr (kPartLanes == 16) return __builtin_shufflevector(a, b, ONEBIT_LANES8(0), ONEBIT_LANES8(8));
-  if constexpr (kPartLanes == 8) return __builtin_shufflevector(a, b, ONEBIT_LANES8(0));
-  if constexpr (kPartLanes == 4) return __builtin_shufflevector(a, b, ONEBIT_LANES4(0));
+  if constexpr (sizeof(V) == 64) return __builtin_shufflevector(a, b, ONEBIT_LANES8(0), ONEBIT_LANES8(8));
+  if constexpr (sizeof(V) == 32) return __builtin_shufflevector(a, b, ONEBIT_LANES8(0));
+  if constexpr (sizeof(V) == 16) return __builtin_shufflevector(a, b, ONEBIT_LANES4(0));
 #else
-  if constexpr (kPartLanes == 16) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES8(0), ONEBIT_LANES8(8)});
-  if constexpr (kPartLanes == 8) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES8(0)});
-  if constexpr (kPartLanes == 4) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES4(0)});
+  if constexpr (sizeof(V) == 64) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES8(0), ONEBIT_LANES8(8)});
+  if constexpr (sizeof(V) == 32) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES8(0)});
+  if constexpr (sizeof(V) == 16) return __builtin_shuffle(a, b, IntVector{ONEBIT_LANES4(0)});
 #endif
 #undef ONEBIT_LANES8
 #undef ONEBIT_LANES4

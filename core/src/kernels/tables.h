@@ -11,5 +11,7 @@ extern const Kernels kAmx;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
 extern const Kernels kAvxVnni;
+extern const Kernels kNeonDotprod;
+extern const Kernels kNeonI8mm;
 
 }  // namespace onebit

@@ -1,0 +1,200 @@
+// A whole model gives the same logits with every table, on every architecture. Kinds: invariant, golden.
+//
+// The hashes were printed by the scalar table on x86-64. They change with the definition of the numbers, and with
+// nothing else: set them to what a failing check prints.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "onebit/kernels.h"
+#include "onebit/model.h"
+#include "random.h"
+
+namespace {
+
+using namespace onebit;
+
+constexpr int kVocab = 97;
+constexpr int kLayers = 2;
+constexpr int kModel = 72;
+constexpr int kHeads = 6;
+constexpr int kKvHeads = 2;
+constexpr int kHead = 24;
+constexpr int kFf = 200;
+constexpr int kBlocks = 5;
+
+struct Case {
+  Encoding encoding;
+  FfnActivation activation;
+  Activations activations;
+  bool sub_norm;
+  bool bf16_head;
+  KvFormat cache;
+  bool norms_and_biases;
+  std::uint64_t hash;
+};
+
+constexpr Case kCases[] = {
+    {Encoding::kT80, FfnActivation::kSilu, Activations::kA8, false, false, KvFormat::kBf16, false, 0x4d85ce8574b00499},
+    {Encoding::kR64, FfnActivation::kRelu2, Activations::kA8, true, false, KvFormat::kBf16, false, 0x45f005ea422d06d6},
+    {Encoding::kB128, FfnActivation::kSilu, Activations::kA4, true, true, KvFormat::kBf16, false, 0xbb26c1fd0a4ac7af},
+    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA1, false, true, KvFormat::kBf16, false, 0x9046f4cf54bd03eb},
+    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA8, true, false, KvFormat::kInt8, true, 0x4b8f7f80f8733873},
+    {Encoding::kR64, FfnActivation::kSilu, Activations::kA8, false, false, KvFormat::kFp8, true, 0xfedd1640524e6f12},
+    // Dense: no encoding is used.
+    {Encoding::kQ8, FfnActivation::kSilu, Activations::kNone, false, true, KvFormat::kInt8, false, 0x10caf02565edc9ec},
+};
+
+// A model of random bytes, which mean the same everywhere, and the memory that it borrows.
+class RandomModel {
+ public:
+  explicit RandomModel(const Case& what) : case_(what) {
+    for (int layer = 0; layer < kLayers; ++layer) {
+      constexpr int kWidth = kHeads * kHead;
+      weights_.layers.push_back({.attn_norm = gains(kModel),
+                                 .attn_sub_norm = what.sub_norm ? gains(kWidth) : nullptr,
+                                 .q_norm = what.norms_and_biases ? gains(kHead) : nullptr,
+                                 .k_norm = what.norms_and_biases ? gains(kHead) : nullptr,
+                                 .q = linear(kWidth, kModel),
+                                 .k = linear(kKvHeads * kHead, kModel),
+                                 .v = linear(kKvHeads * kHead, kModel),
+                                 .o = linear(kModel, kWidth),
+                                 .q_bias = what.norms_and_biases ? gains(kWidth) : nullptr,
+                                 .k_bias = what.norms_and_biases ? gains(kKvHeads * kHead) : nullptr,
+                                 .v_bias = what.norms_and_biases ? gains(kKvHeads * kHead) : nullptr,
+                                 .ffn_norm = gains(kModel),
+                                 .ffn_sub_norm = what.sub_norm ? gains(kFf) : nullptr,
+                                 .gate = linear(kFf, kModel),
+                                 .up = linear(kFf, kModel),
+                                 .down = linear(kModel, kFf)});
+    }
+    weights_.embed = matrix(Encoding::kQ8, kVocab, kModel);
+    weights_.norm = gains(kModel);
+    weights_.head.q8 = matrix(Encoding::kQ8, kVocab, kModel);
+    if (what.bf16_head) {
+      weights_.head.bf16 = halves_.emplace_back(random_.halves(kVocab * pad_inputs(kModel))).data();
+      weights_.head.bounds = gains(2 * kVocab);
+    }
+    for (int i = 0; i < kHead / 2; ++i) weights_.inv_freq.push_back(1.0f / static_cast<float>(1 + i * i));
+  }
+
+  // Three sequences at once, then more of two of them; all logits of both steps.
+  std::vector<float> logits(const Kernels& kernels, int n_threads) const {
+    const ModelConfig config = {.vocab_size = kVocab,
+                                .d_model = kModel,
+                                .n_layers = kLayers,
+                                .n_heads = kHeads,
+                                .n_kv_heads = kKvHeads,
+                                .d_head = kHead,
+                                .d_ff = kFf,
+                                .max_seq_len = 128,
+                                .rope_attention_factor = 1.0,
+                                .norm_eps = 1e-5f,
+                                .activation = case_.activation,
+                                .activations = case_.activations,
+                                .sub_norm = case_.sub_norm,
+                                .qk_norm = case_.norms_and_biases,
+                                .qkv_bias = case_.norms_and_biases};
+    Model model(config, weights_, kernels, n_threads);
+    KvCache cache(case_.cache, kLayers, kKvHeads, kHead, kBlocks);
+    std::vector<float> all;
+    step(model, cache, {{0, 70}, {0, 1}, {0, 9}}, all);
+    step(model, cache, {{70, 3}, {1, 1}, {9, 0}}, all);
+    return all;
+  }
+
+ private:
+  struct Piece {
+    int position, length;
+  };
+
+  static void step(Model& model, KvCache& cache, const std::vector<Piece>& pieces, std::vector<float>& all) {
+    // Blocks out of order.
+    constexpr std::int32_t kTables[] = {3, 1, 0, 0, 4, 2};
+    std::vector<std::int32_t> tokens, positions, rows, starts = {0};
+    for (const Piece& piece : pieces) {
+      for (int i = 0; i < piece.length; ++i) {
+        rows.push_back(static_cast<std::int32_t>(tokens.size()));
+        tokens.push_back((17 * piece.position + 31 * i + static_cast<int>(starts.size())) % kVocab);
+        positions.push_back(piece.position + i);
+      }
+      starts.push_back(static_cast<std::int32_t>(tokens.size()));
+    }
+    const int n = static_cast<int>(tokens.size());
+    const Batch batch = {.tokens = tokens.data(),
+                         .positions = positions.data(),
+                         .seq_starts = starts.data(),
+                         .block_tables = kTables,
+                         .rows = rows.data(),
+                         .top_k = nullptr,
+                         .n_tokens = n,
+                         .n_seqs = static_cast<int>(pieces.size()),
+                         .table_width = 2,
+                         .n_rows = n};
+    const std::size_t before = all.size();
+    all.resize(before + static_cast<std::size_t>(n) * kVocab);
+    model.forward(batch, cache, all.data() + before);
+  }
+
+  PackedMatrix linear(int n, int k) {
+    if (case_.activations != Activations::kNone) return matrix(case_.encoding, n, k);
+    std::vector<std::uint16_t>& rows = halves_.emplace_back(random_.halves(n * pad_inputs(k)));
+    PackedMatrix dense{};
+    dense.n = n;
+    dense.k = k;
+    dense.bf16 = rows.data();
+    return dense;
+  }
+
+  PackedMatrix matrix(Encoding encoding, int n, int k) {
+    const int tiles = (n + tile_rows(encoding) - 1) / tile_rows(encoding);
+    const std::uint8_t* data =
+        bytes_.emplace_back(random_.bytes(static_cast<std::size_t>(tiles) * pad_inputs(k) * 16)).data();
+    const bool per_row = encoding == Encoding::kQ8;
+    return {encoding, n, k, data, gains(per_row ? n : 1), per_row, 0};
+  }
+
+  // Multipliers about one eighth: norms keep the values in bounds.
+  const float* gains(int n) {
+    std::vector<float>& x = floats_.emplace_back(random_.values(n));
+    for (float& v : x) v = 0.125f + v * 0.03125f;
+    return x.data();
+  }
+
+  Case case_;
+  Random random_;
+  std::vector<std::vector<std::uint8_t>> bytes_;
+  std::vector<std::vector<float>> floats_;
+  std::vector<std::vector<std::uint16_t>> halves_;
+  ModelWeights weights_;
+};
+
+// FNV-1a of the bits, value by value.
+std::uint64_t hash_of(const std::vector<float>& x) {
+  std::uint64_t hash = 0xcbf29ce484222325;
+  for (const float value : x) hash = (hash ^ std::bit_cast<std::uint32_t>(value)) * 0x100000001b3;
+  return hash;
+}
+
+}  // namespace
+
+void test_same_bits() {
+  const Kernels* tables[16];
+  const int n = available_kernels(tables, 16);
+  for (const Case& what : kCases) {
+    const RandomModel model(what);
+    for (int i = 0; i < n; ++i) {
+      const std::vector<float> logits = model.logits(*tables[i], 1 + i % 2);
+      bool is_finite = true;
+      for (const float value : logits) is_finite = is_finite && std::isfinite(value);
+      CHECK(is_finite);
+      const std::uint64_t hash = hash_of(logits);
+      CHECK(hash == what.hash);
+      if (hash != what.hash) {
+        std::fprintf(stderr, "case %d, %s: 0x%016llx\n", static_cast<int>(&what - kCases), tables[i]->name,
+                     static_cast<unsigned long long>(hash));
+      }
+    }
+  }
+}
