@@ -84,7 +84,7 @@ bool dot_pair(const std::string& isa, Array<const std::uint8_t, 3> tiles, Array<
   const auto kernel = kernels_of(isa).dot_pair;
   if (kernel) {
     kernel(tiles.data(), static_cast<std::ptrdiff_t>(tiles.shape(1) * 64), x.data(),
-           static_cast<std::ptrdiff_t>(x.shape(1)), sums.data(), m, k, out.data());
+           static_cast<std::ptrdiff_t>(x.shape(1)), sums.data(), m, k, out.data(), static_cast<std::ptrdiff_t>(m) * 16);
   }
   return kernel != nullptr;
 }
@@ -217,6 +217,9 @@ void attend(const std::string& isa, const std::string& format, Array<const float
     k.push_back(k_blocks[b].data());
     v.push_back(v_blocks[b].data());
   }
+  // The block that would come next.
+  k.push_back(k.front());
+  v.push_back(v.front());
   kernels_of(isa).attend[kind](q.data(), static_cast<int>(q.shape(0)), static_cast<int>(d), inv_sqrt_d, k.data(),
                                v.data(), n_keys, m.data(), l.data(), o.data());
 }

@@ -21,6 +21,7 @@ int n_splits(int n_keys) { return (n_keys + kSplitTokens - 1) / kSplitTokens; }
 
 struct Attention::Scratch {
   Buffer<float> partial;
+  Buffer<float> q_GH;  // of one token, whose place its output takes
   // For int8, with M = 2 T G planes of T * G queries, ordered [T, hi and lo, G].
   Buffer<std::int8_t> codes_MH;
   Buffer<std::int32_t> sums_M;
@@ -29,6 +30,25 @@ struct Attention::Scratch {
   Buffer<std::int8_t> weights_MJ;  // [M, kBlockTokens]
   Buffer<std::int32_t> weight_sums_M;
   Buffer<Int8Weights> weights_TG;
+};
+
+// Asks for the next page of the cache in portions between pieces of arithmetic: pages lie apart, so the machine cannot
+// guess where reading goes on, and it takes only so many requests at a time.
+class Attention::Reader {
+ public:
+  Reader(const std::uint8_t* page, std::ptrdiff_t n_bytes, int n_portions)
+      : at_(page), end_(page + n_bytes), portion_((n_bytes / n_portions + kLine) / kLine * kLine) {}
+
+  void next() {
+    const std::uint8_t* stop = std::min(at_ + portion_, end_);
+    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr std::ptrdiff_t kLine = 64;
+  const std::uint8_t* at_;
+  const std::uint8_t* end_;
+  std::ptrdiff_t portion_;
 };
 
 struct Attention::Work {
@@ -78,7 +98,10 @@ void Attention::begin(const Batch& batch, KvFormat format) {
   if (split_apart_) partials_.reserve(n_pieces * n_splits_ * partial_floats);
   for (Scratch& scratch : scratch_) {
     scratch.partial.reserve(2 * partial_floats);
-    if (format != KvFormat::kInt8) continue;
+    if (format != KvFormat::kInt8) {
+      scratch.q_GH.reserve(static_cast<std::size_t>(group_) * d_head_);
+      continue;
+    }
     const std::size_t width = pad_inputs(d_head_);
     scratch.codes_MH.reserve(2 * heads * width);
     scratch.sums_M.reserve(2 * heads);
@@ -95,15 +118,14 @@ Attention::Partial Attention::partial(float* memory) const {
   return {memory, memory + heads, memory + 2 * heads, static_cast<std::ptrdiff_t>(group_) * d_head_};
 }
 
-void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, int layer, const float* q_TNH,
-                    float* out_TNH) noexcept {
+void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, int layer, float* x_TNH) noexcept {
   const int n_pieces = static_cast<int>(chunks_.size()) * n_kv_heads_;
   const std::ptrdiff_t width = static_cast<std::ptrdiff_t>(n_heads_) * d_head_;
   const std::size_t partial_floats = static_cast<std::size_t>(chunk_tokens_) * group_ * (2 + d_head_);
   const auto work_of = [&](int share, int piece) {
     const Chunk& chunk = chunks_[static_cast<std::size_t>(piece / n_kv_heads_)];
     const int kv_head = piece % n_kv_heads_;
-    const float* q = q_TNH + chunk.begin * width + kv_head * group_ * d_head_;
+    const float* q = x_TNH + chunk.begin * width + kv_head * group_ * d_head_;
     return Work{batch, cache, layer, chunk, kv_head, q, scratch_[static_cast<std::size_t>(share)]};
   };
   const auto split_partial = [&](int piece, int split) {
@@ -112,7 +134,7 @@ void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, 
   // m and l of a piece lie in scratch, its o where it belongs.
   const auto result_of = [&](const Work& work) {
     Partial result = partial(work.scratch.partial.get());
-    result.o = out_TNH + work.chunk.begin * width + work.kv_head * group_ * d_head_;
+    result.o = x_TNH + work.chunk.begin * width + work.kv_head * group_ * d_head_;
     result.stride = width;
     return result;
   };
@@ -134,7 +156,7 @@ void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, 
       const int piece = split_apart_ ? item / n_splits_ : item;
       const Work work = work_of(share, piece);
       const int n = n_splits(work.n_keys());
-      if (cache.format() == KvFormat::kInt8) quantize_queries(work);
+      take_queries(work);
       if (split_apart_) {
         const int split = item % n_splits_;
         if (split < n) attend(work, split, split_partial(piece, split));
@@ -177,11 +199,13 @@ void Attention::attend(const Work& work, int split, const Partial& to) const noe
 }
 
 void Attention::attend_floats(const Work& work, int split, const Partial& to) const noexcept {
-  const void* k_blocks[kSplitBlocks];
-  const void* v_blocks[kSplitBlocks];
+  // And the one that comes next, or the last once more.
+  const void* k_blocks[kSplitBlocks + 1];
+  const void* v_blocks[kSplitBlocks + 1];
   const int start = split * kSplitTokens;
-  for (int b = 0; b < kSplitBlocks && start + b * kBlockTokens < work.n_keys(); ++b) {
-    const int block = work.table()[split * kSplitBlocks + b];
+  const int last = (work.n_keys() - 1) / kBlockTokens;
+  for (int b = 0; b <= kSplitBlocks; ++b) {
+    const int block = work.table()[std::min(split * kSplitBlocks + b, last)];
     k_blocks[b] = work.cache.keys(work.layer, block, work.kv_head);
     v_blocks[b] = work.cache.values(work.layer, block, work.kv_head);
   }
@@ -189,13 +213,17 @@ void Attention::attend_floats(const Work& work, int split, const Partial& to) co
   for (int t = first_token(work, start); t < work.chunk.end; ++t) {
     const int i = t - work.chunk.begin;
     const int n = std::min(work.n_keys(t) - start, kSplitTokens);
-    kernel(work.q + static_cast<std::ptrdiff_t>(i) * n_heads_ * d_head_, group_, d_head_, inv_sqrt_d_, k_blocks,
-           v_blocks, n, to.m + i * group_, to.l + i * group_, to.o + i * to.stride);
+    kernel(work.scratch.q_GH.get(), group_, d_head_, inv_sqrt_d_, k_blocks, v_blocks, n, to.m + i * group_,
+           to.l + i * group_, to.o + i * to.stride);
   }
 }
 
-void Attention::quantize_queries(const Work& work) const noexcept {
+void Attention::take_queries(const Work& work) const noexcept {
   Scratch& s = work.scratch;
+  if (work.cache.format() != KvFormat::kInt8) {
+    std::copy_n(work.q, group_ * d_head_, s.q_GH.get());
+    return;
+  }
   const int width = pad_inputs(d_head_);
   for (int t = 0; t < work.chunk.end - work.chunk.begin; ++t) {
     const float* q_GH = work.q + static_cast<std::ptrdiff_t>(t) * n_heads_ * d_head_;
@@ -215,17 +243,21 @@ void Attention::quantize_queries(const Work& work) const noexcept {
 
 // Exact sums [tiles, m, 16] of Q8 tiles that lie tile_bytes apart.
 void Attention::dot_tiles(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, int n_tiles, const std::int8_t* x,
-                          std::ptrdiff_t ldx, const std::int32_t* sums, int m, int k,
-                          std::int32_t* out) const noexcept {
+                          std::ptrdiff_t ldx, const std::int32_t* sums, int m, int k, std::int32_t* out,
+                          Reader& reader) const noexcept {
   const auto dot_tile = kernels_.dot_tile[static_cast<int>(Encoding::kQ8)];
   const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(m) * kLanes;
   int tile = 0;
   if (kernels_.dot_pair && m <= kPairRows) {
     for (; tile + 2 <= n_tiles; tile += 2) {
-      kernels_.dot_pair(tiles + tile * tile_bytes, tile_bytes, x, ldx, sums, m, k, out + tile * ld);
+      reader.next();
+      kernels_.dot_pair(tiles + tile * tile_bytes, tile_bytes, x, ldx, sums, m, k, out + tile * ld, ld);
     }
   }
-  for (; tile < n_tiles; ++tile) dot_tile(tiles + tile * tile_bytes, x, ldx, sums, m, k, out + tile * ld);
+  for (; tile < n_tiles; ++tile) {
+    reader.next();
+    dot_tile(tiles + tile * tile_bytes, x, ldx, sums, m, k, out + tile * ld);
+  }
 }
 
 void Attention::attend_int8(const Work& work, int split, const Partial& to) const noexcept {
@@ -237,6 +269,8 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
     std::fill_n(to.l + t * group_, group_, 0.0f);
     std::fill_n(to.o + t * to.stride, group_ * d_head_, 0.0f);
   }
+  // Pieces of arithmetic for a block of one token's heads; more tokens need no more.
+  const int n_portions = 2 * group_ + (kBlockTokens + width) / (kernels_.dot_pair ? 2 * kLanes : kLanes);
   const int last = std::min(work.n_keys(), (split + 1) * kSplitTokens);
   for (int start = split * kSplitTokens; start < last; start += kBlockTokens) {
     const int block = work.table()[start / kBlockTokens];
@@ -250,16 +284,20 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
     const int skipped = first - work.chunk.begin;
     const int n_keys = std::min(kBlockTokens, work.n_keys() - start);
     const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(m) * kLanes;
+    const int next = start + kBlockTokens < work.n_keys() ? work.table()[start / kBlockTokens + 1] : block;
+    Reader reader(work.cache.keys(work.layer, next, work.kv_head), next == block ? 0 : work.cache.page_bytes(),
+                  n_portions);
 
     dot_tiles(keys, kLanes * width, (n_keys + kLanes - 1) / kLanes,
               s.codes_MH.get() + static_cast<std::ptrdiff_t>(2 * skipped) * group_ * width, width,
-              s.sums_M.get() + 2 * skipped * group_, m, width, s.products.get());
+              s.sums_M.get() + 2 * skipped * group_, m, width, s.products.get(), reader);
     for (int t = 0; t < n_tokens; ++t) {
       const int n = std::min(kBlockTokens, work.n_keys(first + t) - start);
       for (int g = 0; g < group_; ++g) {
         const int hi = 2 * t * group_ + g;
         const int lo = hi + group_;
         const int head = (skipped + t) * group_ + g;
+        reader.next();
         Int8Weights& weights = s.weights_TG.get()[t * group_ + g];
         weights.hi = s.weights_MJ.get() + hi * kBlockTokens;
         weights.lo = s.weights_MJ.get() + lo * kBlockTokens;
@@ -270,9 +308,10 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
       }
     }
     dot_tiles(values, kLanes * kBlockTokens, width / kLanes, s.weights_MJ.get(), kBlockTokens, s.weight_sums_M.get(), m,
-              pad_inputs(n_keys), s.products.get());
+              pad_inputs(n_keys), s.products.get(), reader);
     for (int t = 0; t < n_tokens; ++t) {
       for (int g = 0; g < group_; ++g) {
+        reader.next();
         const std::int32_t* products = s.products.get() + (2 * t * group_ + g) * kLanes;
         kernels_.mix_int8(products, products + group_ * kLanes, ld, s.weights_TG.get()[t * group_ + g], d_head_,
                           to.o + (skipped + t) * to.stride + g * d_head_);

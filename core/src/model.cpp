@@ -16,7 +16,7 @@ namespace {
 
 // Tokens that pass through the feed-forward layer together: enough to keep the weights read rarely, few enough that its
 // wide activations stay small.
-constexpr int kFfnTokens = 256;
+constexpr int kFfnTokens = 192;
 
 Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
   switch (activations) {
@@ -43,7 +43,6 @@ struct Model::Workspace {
   float* q_TNH = nullptr;
   float* k_TKH = nullptr;
   float* v_TKH = nullptr;
-  float* a_TNH = nullptr;
   float* gate_TF = nullptr;  // [kFfnTokens, F]
   float* up_TF = nullptr;
   float* y_TD = nullptr;
@@ -103,11 +102,10 @@ void Model::reserve(const Batch& batch) {
   const std::size_t kv_width = static_cast<std::size_t>(config_.n_kv_heads) * config_.d_head;
   const std::size_t ffn = std::min(batch.n_tokens, kFfnTokens) * static_cast<std::size_t>(config_.d_ff);
   w.x_TD.reserve(t * config_.d_model);
-  w.y_TD = w.shared.reserve(std::max({t * (2 * q_width + 2 * kv_width), t * config_.d_model, 2 * ffn}));
+  w.y_TD = w.shared.reserve(std::max({t * (q_width + 2 * kv_width), t * config_.d_model, 2 * ffn}));
   w.q_TNH = w.y_TD;
   w.k_TKH = w.q_TNH + t * q_width;
   w.v_TKH = w.k_TKH + t * kv_width;
-  w.a_TNH = w.v_TKH + t * kv_width;
   w.gate_TF = w.y_TD;
   w.up_TF = w.gate_TF + ffn;
   w.cos_TH.reserve(t * config_.d_head / 2);
@@ -185,12 +183,12 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       }
     }
   });
-  attention_.run(pool_, batch, cache, layer, w.q_TNH, w.a_TNH);
+  attention_.run(pool_, batch, cache, layer, w.q_TNH);
 
   w.codes.resize(weights.o, batch.n_tokens, 1);
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     for (int t = begin; t < end; ++t) {
-      const float* a_NH = w.a_TNH + static_cast<std::size_t>(t) * q_width;
+      const float* a_NH = w.q_TNH + static_cast<std::size_t>(t) * q_width;
       if (config_.sub_norm) {
         kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(share, 0));
         a_NH = w.row(share, 0);

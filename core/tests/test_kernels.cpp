@@ -309,13 +309,14 @@ void test_attention() {
       for (int format = 0; format < kFloatFormats; ++format) {
         const int bytes = format == 0 ? 2 : 1;
         std::vector<std::uint8_t> cache[2];
-        const void* blocks[2][kBlocks];
+        const void* blocks[2][kBlocks + 1];
         for (int side = 0; side < 2; ++side) {
           const std::vector<float> numbers = random.values(kBlocks * kBlockTokens * d);
           // What no number is, where no key is.
           cache[side].assign(numbers.size() * bytes, 0x7f);
           scalar().to_cache[format](numbers.data(), n_keys * d, cache[side].data());
           for (int b = 0; b < kBlocks; ++b) blocks[side][b] = cache[side].data() + b * kBlockTokens * d * bytes;
+          blocks[side][kBlocks] = blocks[side][0];
         }
         for (int heads = 1; heads <= 5; ++heads) {
           const std::vector<float> q = random.values(heads * d);
@@ -387,7 +388,7 @@ void test_pairs() {
       compare<std::int32_t>("dot_pair", m, k, 2 * m * 16, [&](const Kernels& table, std::int32_t* out) {
         const std::int8_t* x = tokens.x.data();
         if (table.dot_pair) {
-          return table.dot_pair(tiles.data(), 20 * 64, x, tokens.ldx, tokens.sums.data(), m, k, out);
+          return table.dot_pair(tiles.data(), 20 * 64, x, tokens.ldx, tokens.sums.data(), m, k, out, m * 16);
         }
         const auto dot = table.dot_tile[static_cast<int>(Encoding::kQ8)];
         for (int i = 0; i < 2; ++i) {

@@ -92,7 +92,7 @@ void wrong_quantize_a15(const float* x, int n, int n_padded, std::int8_t* hi, st
 }
 
 void wrong_dot_pair(const std::uint8_t* tiles, std::ptrdiff_t, const std::int8_t* x, std::ptrdiff_t ldx,
-                    const std::int32_t* sums, int m, int k, std::int32_t* out) noexcept {
+                    const std::int32_t* sums, int m, int k, std::int32_t* out, std::ptrdiff_t) noexcept {
   constexpr int kQ8 = static_cast<int>(Encoding::kQ8);
   for (int i = 0; i < 2; ++i) scalar().dot_tile[kQ8](tiles, x, ldx, sums, m, k, out + i * m * 16);
 }

@@ -25,10 +25,9 @@ class Attention {
   // Divides a batch into work and makes room for it. Throws std::bad_alloc.
   void begin(const Batch& batch, KvFormat format);
 
-  // out = softmax(q k / sqrt(H)) v over the keys up to each token's own, which are in the cache already; q, out: float32
+  // x = softmax(x k / sqrt(H)) v over the keys up to each token's own, which are in the cache already; x: float32
   // [T, N, H]. The batch is that of begin().
-  void run(ThreadPool& pool, const Batch& batch, const KvCache& cache, int layer, const float* q_TNH,
-           float* out_TNH) noexcept;
+  void run(ThreadPool& pool, const Batch& batch, const KvCache& cache, int layer, float* x_TNH) noexcept;
 
  private:
   // Consecutive tokens of one sequence that pass over its keys together.
@@ -46,15 +45,17 @@ class Attention {
   };
   // One chunk, one head, and what a thread needs for them.
   struct Work;
+  class Reader;
   struct Scratch;
 
   Partial partial(float* memory) const;
-  void quantize_queries(const Work& work) const noexcept;
+  void take_queries(const Work& work) const noexcept;
   void attend(const Work& work, int split, const Partial& to) const noexcept;
   void attend_floats(const Work& work, int split, const Partial& to) const noexcept;
   void attend_int8(const Work& work, int split, const Partial& to) const noexcept;
   void dot_tiles(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, int n_tiles, const std::int8_t* x,
-                 std::ptrdiff_t ldx, const std::int32_t* sums, int m, int k, std::int32_t* out) const noexcept;
+                 std::ptrdiff_t ldx, const std::int32_t* sums, int m, int k, std::int32_t* out,
+                 Reader& reader) const noexcept;
   void merge(const Work& work, int split, const Partial& from, const Partial& to) const noexcept;
   void divide(const Work& work, const Partial& of) const noexcept;
   int first_token(const Work& work, int start) const noexcept;

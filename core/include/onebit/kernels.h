@@ -37,7 +37,8 @@ struct Kernels {
   // dot_tile of two tiles of Q8, the second tile_bytes after the first, and its sums [m, 16] after those of the first:
   // faster than one by one for few rows of activations. Null where it is not.
   void (*dot_pair)(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const std::int8_t* x, std::ptrdiff_t ldx,
-                   const std::int32_t* sums, int m, int k, std::int32_t* out) noexcept = nullptr;
+                   const std::int32_t* sums, int m, int k, std::int32_t* out,
+                   std::ptrdiff_t next_out) noexcept = nullptr;
 
   // Sums of a tile, m rows of them: value = float(acc[i * ld_acc + j]) * w_scale[j * stride], for j < n.
   //   y[i * ldy + j] = value * x_scale[i], or with accumulate (groups in ascending order) (y[i * ldy + j] + value) * x_scale[i]
@@ -77,7 +78,7 @@ struct Kernels {
   void (*to_cache[kFloatFormats])(const float* x, int n, void* y) noexcept;
   // One split of the keys for `heads` query heads of one token that share one key-value head.
   //   q: float32 [heads, d]; k_blocks[b], v_blocks[b]: [kBlockTokens, d] numbers of the format; n_keys <= kSplitTokens
-  //   keys are visible.
+  //   keys are visible. One more block is named, which is asked for ahead of time: any that may be touched.
   //   score_j = lane_sum(q * k_j) * inv_sqrt_d. In each block of 64 keys: m = max score, p_j = exp(score_j - m),
   //   l = lane_sum(p) over the block (lane = j mod 16), o = sum of p_j * v_j in ascending j. Blocks merge in
   //   ascending order: m' = max(m, m_b), l' = l * exp(m - m') + l_b * exp(m_b - m'), o' likewise.

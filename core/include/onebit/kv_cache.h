@@ -30,6 +30,8 @@ class KvCache {
   int n_blocks() const { return n_blocks_; }
   std::size_t bytes() const { return n_pages_ * page_bytes_; }
 
+  std::ptrdiff_t page_bytes() const { return static_cast<std::ptrdiff_t>(page_bytes_); }
+
   // Parts of the page of one head in one block, each aligned to 64 bytes.
   const std::uint8_t* keys(int layer, int block, int kv_head) const { return page(layer, block, kv_head); }
   const std::uint8_t* values(int layer, int block, int kv_head) const {

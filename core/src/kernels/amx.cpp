@@ -159,6 +159,7 @@ struct alignas(64) Scratch {
 template <typename Layout, int kGroup, int kG>
 ONEBIT_INLINE void unpack(const std::uint8_t* units, int n_units, std::ptrdiff_t at, Scratch& scratch) {
   for (int unit = 0; unit < n_units; ++unit, units += kUnitBytes, at += kUnitBytes) {
+    if constexpr (kGroup == 0) __builtin_prefetch(units + kPrefetchBytes, 0, 2);
     const __m512i x = _mm512_loadu_si512(units);
     _mm512_store_si512(scratch.groups[0] + at, weights<kGroup>(Layout{}, x));
     if constexpr (kG == 2) _mm512_store_si512(scratch.groups[1] + at, weights<kGroup + 1>(Layout{}, x));
@@ -282,15 +283,13 @@ void dot_groups(const std::uint8_t* units, const std::int8_t* x, std::ptrdiff_t 
   }
 }
 
-// From this many tokens on. Rows of 8 bits need no unpacking, which leaves less to gain.
-constexpr int kMinTokens = 8;
-constexpr int kMinTokensQ8 = 24;
+// From this many tokens on: fewer do not pay for unpacking.
+constexpr int kMinTokens = 9;
 
 template <typename Layout>
 void dot_tile_amx(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums, int m,
                   int k, std::int32_t* out) noexcept {
-  constexpr int kMin = Layout::kGroups == 1 ? kMinTokensQ8 : kMinTokens;
-  if (m < kMin) return dot_tile<Layout>(tile, x, ldx, sums, m, k, out);
+  if (m < kMinTokens) return dot_tile<Layout>(tile, x, ldx, sums, m, k, out);
   const int n_rest = m % kPairTokens;
   const Shape rest(n_rest < kTileTokens ? n_rest : kTileTokens, n_rest > kTileTokens ? n_rest - kTileTokens : 16);
   if (m < kPairTokens) configure(rest);

@@ -112,7 +112,7 @@ struct Answers {
     }
     const auto dot_q8 = table.dot_tile[static_cast<int>(Encoding::kQ8)];
     if (table.dot_pair) {
-      table.dot_pair(g.tile, kPairBytes, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[0]);
+      table.dot_pair(g.tile, kPairBytes, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[0], kTokens * 16);
     } else {
       dot_q8(g.tile, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[0]);
       dot_q8(g.tile + kPairBytes, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[1]);
@@ -137,8 +137,8 @@ struct Answers {
     table.dot_bf16(g.keys[0], kValues + 3, g.a, 3, kValues, dots);
     table.to_cache[0](g.a, kValues, halves);
     table.to_cache[1](g.a, kValues, bytes);
-    const void* const keys[] = {g.keys[0], g.keys[1]};
-    const void* const values[] = {g.values[0], g.values[1]};
+    const void* const keys[] = {g.keys[0], g.keys[1], g.keys[0]};
+    const void* const values[] = {g.values[0], g.values[1], g.values[0]};
     for (int f = 0; f < kFloatFormats; ++f) {
       // Bytes of bfloat16 are large numbers of fp8.
       table.attend[f](g.q, kHeads, kWidth, f == 0 ? 0.25f : 0.0002f, keys, values, kKeys, m[f], l[f], attended[f]);

@@ -181,7 +181,7 @@ void dot_tokens(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t l
 
     const std::uint8_t* unit = tile + half * kVectorBytes;
     for (int kk = 0; kk < k; kk += 4, unit += Layout::kStride) {
-      if constexpr (kM <= 2) __builtin_prefetch(unit + kPrefetchBytes, 0, 2);
+      if constexpr (kM <= 4 && Layout::kStride == kUnitBytes) __builtin_prefetch(unit + kPrefetchBytes, 0, 2);
       ONEBIT_UNROLL
       for (int h = 0; h < kTogether; ++h) {
         Bytes plane[Layout::kPlanes];
@@ -286,9 +286,8 @@ void dot_pair_few(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const st
 // With whole units in registers only: halves would not leave enough of them.
 template <int kTokens>
 void dot_pair(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const std::int8_t* x, std::ptrdiff_t ldx,
-              const std::int32_t* sums, int m, int k, std::int32_t* out) noexcept {
+              const std::int32_t* sums, int m, int k, std::int32_t* out, std::ptrdiff_t next_out) noexcept {
   static_assert(kHalves * kTokens == kTokens);
-  const std::ptrdiff_t next_out = static_cast<std::ptrdiff_t>(m) * kLaneCount;
   for (int i = 0; i < m; i += kTokens) {
     const int count = m - i < kTokens ? m - i : kTokens;
     dot_pair_few<kTokens>(tiles, tile_bytes, x + i * ldx, ldx, sums + i, count, k, out + i * kLaneCount, next_out);
