@@ -20,7 +20,7 @@ import numpy as np
 from onebit import formats
 from onebit.checkpoint import Checkpoint, quantize
 from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
-from onebit.engine.memory import KV_FORMATS, available_bytes, position_bytes
+from onebit.engine.memory import KV_FORMATS, available_bytes, in_huge_pages, position_bytes
 from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.speculation import Speculation
@@ -113,6 +113,8 @@ class LLM:
             texts are the same, to the token.
         shortlist: "int4" finds the best tokens through 4-bit rows of the head, half the memory to read. Their scores
             stay exact; that none is missed is only very probable. None misses none.
+        huge_pages: move a large model from the mapped file to huge pages, where there is memory for both: faster by up
+            to a third, for a third of a second per gigabyte. Without them processes share the pages of the file.
 
     Raises:
         ValueError: an unknown kv_cache or shortlist, or heads too wide for "int8".
@@ -125,12 +127,15 @@ class LLM:
         kv_cache: str = "bf16",
         speculation: bool = True,
         shortlist: str | None = None,
+        huge_pages: bool = True,
     ) -> None:
         if shortlist not in (None, "int4"):
             raise ValueError(f"shortlist is {shortlist!r}; expected 'int4' or None")
         if kv_cache not in KV_FORMATS:
             raise ValueError(f"kv_cache is {kv_cache!r}; expected {', '.join(KV_FORMATS)}")
         self.checkpoint = quantize(checkpoint)
+        if huge_pages:
+            self.checkpoint = in_huge_pages(self.checkpoint, available_bytes())
         self.config = checkpoint.config
         self.shortlist = shortlist
         self.kv_cache = kv_cache
@@ -288,6 +293,7 @@ def load(
     kv_cache: str = "bf16",
     speculation: bool = True,
     shortlist: str | None = None,
+    huge_pages: bool = True,
 ) -> LLM:
     """Load a model.
 
@@ -297,14 +303,14 @@ def load(
         kv_cache: number format of keys and values: "bf16", "int8" or "fp8"; see LLM.
         speculation: see LLM.
         shortlist: None or "int4"; see LLM.
+        huge_pages: see LLM.
 
     Raises:
         ValueError: a damaged file, or an unknown kv_cache or shortlist.
         OSError: a file that cannot be read.
     """
-    return LLM(
-        formats.read(SHIPPED_MODEL if path is None else path), threads, kv_cache, speculation, shortlist
-    )
+    checkpoint = formats.read(SHIPPED_MODEL if path is None else path)
+    return LLM(checkpoint, threads, kv_cache, speculation, shortlist, huge_pages)
 
 
 def _items(prompt: Any) -> Sequence[Any]:

@@ -1,9 +1,14 @@
 """Exact: memory limits as the system states them, and what `onebit info` concludes."""
 
+import numpy as np
 import pytest
 
 import tiny
-from onebit.engine.memory import PROCESS_BYTES, available_bytes, outlook
+from onebit.checkpoint import quantize
+from onebit.engine import memory
+from onebit.engine.memory import PROCESS_BYTES, available_bytes, in_huge_pages, outlook
+from onebit.formats import native
+from onebit.packing import PackedTensor
 
 GB = 10**9
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:          100000 kB\nMemAvailable:    8000000 kB\n"
@@ -80,3 +85,38 @@ def test_a_system_without_proc_tells_something_or_nothing(tmp_path):
 )
 def test_the_outlook_follows_from_the_sizes(available, expected):
     assert outlook(tiny.CONFIG, 4 * GB, 1000, available) == expected
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    native.write(quantize(tiny.master()), tmp_path / "tiny.onebit")
+    return native.read(tmp_path / "tiny.onebit")
+
+
+def test_weights_in_huge_pages_are_the_same(mapped, monkeypatch):
+    monkeypatch.setattr(memory, "HUGE_FROM", 0)
+    moved = in_huge_pages(mapped, 10 * GB)
+    if not hasattr(memory.mmap, "MADV_HUGEPAGE"):
+        assert moved is mapped
+        return
+    assert list(moved.tensors) == list(mapped.tensors) and moved.config == mapped.config
+    for name, tensor in mapped.tensors.items():
+        other = moved.tensors[name]
+        if not isinstance(tensor, PackedTensor):
+            assert other is tensor
+            continue
+        assert not np.shares_memory(other.data, tensor.data) and other.data.ctypes.data % 64 == 0
+        assert np.array_equal(other.data, tensor.data) and other.scale is tensor.scale
+
+
+def test_weights_stay_where_they_are(mapped, monkeypatch):
+    assert in_huge_pages(mapped, 10 * GB) is mapped  # small
+    monkeypatch.setattr(memory, "HUGE_FROM", 0)
+    size = sum(t.data.nbytes for t in mapped.tensors.values() if isinstance(t, PackedTensor))
+    assert in_huge_pages(mapped, 2 * size - 1) is mapped  # no room for both
+    assert in_huge_pages(mapped, None) is mapped
+    monkeypatch.setattr(memory, "HUGE_FROM", 1)
+    own = quantize(tiny.master())
+    assert in_huge_pages(own, 10 * GB) is own  # not mapped
+    monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
+    assert in_huge_pages(mapped, 10 * GB) is mapped

@@ -46,6 +46,9 @@ def run(
         str | None,
         typer.Option(help="int4: find the best tokens through a 4-bit head; misses one next to never."),
     ] = None,
+    huge_pages: Annotated[
+        bool, typer.Option(help="Move a large model out of the mapped file, where there is memory for both.")
+    ] = True,
 ) -> None:
     """Continue a text, or talk when there is no prompt.
 
@@ -70,7 +73,7 @@ def run(
 
     from onebit.llm import load
 
-    llm = load(model, threads, kv_cache, speculation, shortlist)
+    llm = load(model, threads, kv_cache, speculation, shortlist, huge_pages)
     if is_chat:
         _chat(llm, params)
         return

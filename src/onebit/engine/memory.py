@@ -1,24 +1,35 @@
 """Memory: how much of it a process may still use, and what a model does with it.
 
 Weights stay in the file and are mapped, so a model that is larger than memory runs too: its bytes come from the disk
-again for every token.
+again for every token. Large ones move to huge pages where there is room.
 
+    checkpoint = in_huge_pages(checkpoint, available_bytes())
     available_bytes()                                   # 12_345_678_901
     print(outlook(config, token_bytes(checkpoint), position_bytes(config), available_bytes()))
 """
 
 import ctypes
+import mmap
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
+from onebit.packing import PackedTensor, UInt8
 
 # Python, its libraries and the buffers of a forward pass of 512 tokens, for the largest models we know.
 PROCESS_BYTES = 64_000_000
 
 # Of a solid-state disk; a guess, named as one wherever it is used.
 DISK_BYTES_PER_S = 1_000_000_000
+
+# Models of so many bytes are moved to huge pages: the pages of a smaller one are few.
+HUGE_FROM = 128_000_000
+HUGE_PAGE = 2 << 20
 
 # Number formats of the cache: the reference, then 8 bits as codes with a float32 scale for each key and value, then
 # 8 bits as floats (e4m3).
@@ -31,6 +42,65 @@ def position_bytes(config: ModelConfig, kv_cache: str = "bf16") -> int:
     # int8 vectors are padded to whole lanes.
     vector = {"bf16": 2 * width, "int8": -(-width // 16) * 16 + 4, "fp8": width}[kv_cache]
     return 2 * config.n_layers * config.n_kv_heads * vector
+
+
+def in_huge_pages(checkpoint: Checkpoint, available: int | None) -> Checkpoint:
+    """Copy mapped weights into memory of huge pages, and let go of the pages of the file.
+
+    A step touches every page of the weights. How fast the system finds them depends on how the file came to lie in its
+    cache; huge pages are few, and found at once.
+
+    Args:
+        checkpoint: a packed model.
+        available: bytes of memory for the process, or None where that is not known.
+
+    Returns:
+        The same model, as it was where it is small or not mapped, where memory would not hold it twice, or where the
+        system has no huge pages to ask for.
+    """
+    mapped = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if isinstance(tensor, PackedTensor) and _mapping(tensor.data) is not None
+    }
+    size = sum(tensor.data.nbytes for tensor in mapped.values())
+    if size < HUGE_FROM or available is None or available < 2 * size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return checkpoint
+    # Private: shared memory has huge pages by another switch of the system.
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        # A system built without them.
+        return checkpoint
+    room = np.frombuffer(memory, np.uint8)
+    at = -room.ctypes.data % HUGE_PAGE
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in mapped.items():
+        # Data of every tensor is a whole number of units, so all stay aligned.
+        data = room[at : at + tensor.data.nbytes].reshape(tensor.data.shape)
+        np.copyto(data, tensor.data)
+        at += data.nbytes
+        _release(tensor.data)
+        tensors[name] = tensor._replace(data=data)
+    return replace(checkpoint, tensors=tensors)
+
+
+def _mapping(array: UInt8) -> mmap.mmap | None:
+    """The mapped file that an array is a view of, if it is one."""
+    base: object = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    return base
+
+
+def _release(array: UInt8) -> None:
+    """Let the pages of a mapped file leave the process; they come back when they are touched."""
+    mapping = _mapping(array)
+    assert mapping is not None
+    begin = array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, first, begin + array.nbytes - first)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
