@@ -16,7 +16,7 @@ namespace {
 
 // Tokens that pass through the feed-forward layer together: enough to keep the weights read rarely, few enough that its
 // wide activations stay small.
-constexpr int kFfnTokens = 192;
+constexpr int kFfnTokens = 160;
 
 Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
   switch (activations) {

@@ -93,9 +93,16 @@ def mapped(tmp_path):
     return native.read(tmp_path / "tiny.onebit")
 
 
-def test_weights_in_huge_pages_are_the_same(mapped, monkeypatch):
+def free_pages(root, small, huge):
+    """A system with so many free pieces of 4 KB and of 2 MB."""
+    zone = f"Node 0, zone   Normal {small} 0 0 0 0 0 0 0 0 {huge} 0\n"
+    return system(root, {"proc/buddyinfo": zone})
+
+
+def test_weights_in_huge_pages_are_the_same(mapped, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "HUGE_FROM", 0)
-    moved = in_huge_pages(mapped, 10 * GB)
+    monkeypatch.setattr(memory, "COPY_BYTES", 640)
+    moved = in_huge_pages(mapped, 10 * GB, free_pages(tmp_path, 0, 8))
     if not hasattr(memory.mmap, "MADV_HUGEPAGE"):
         assert moved is mapped
         return
@@ -109,14 +116,17 @@ def test_weights_in_huge_pages_are_the_same(mapped, monkeypatch):
         assert np.array_equal(other.data, tensor.data) and other.scale is tensor.scale
 
 
-def test_weights_stay_where_they_are(mapped, monkeypatch):
-    assert in_huge_pages(mapped, 10 * GB) is mapped  # small
+def test_weights_stay_where_they_are(mapped, monkeypatch, tmp_path):
+    free = free_pages(tmp_path / "free", 0, 8)
+    assert in_huge_pages(mapped, 10 * GB, free) is mapped  # small
     monkeypatch.setattr(memory, "HUGE_FROM", 0)
     size = sum(t.data.nbytes for t in mapped.tensors.values() if isinstance(t, PackedTensor))
-    assert in_huge_pages(mapped, 2 * size - 1) is mapped  # no room for both
-    assert in_huge_pages(mapped, None) is mapped
+    assert in_huge_pages(mapped, 2 * size - 1, free) is mapped  # no room for both
+    assert in_huge_pages(mapped, None, free) is mapped
+    assert in_huge_pages(mapped, 10 * GB, free_pages(tmp_path / "torn", 10**6, 0)) is mapped
+    assert in_huge_pages(mapped, 10 * GB, tmp_path / "nowhere") is mapped
     monkeypatch.setattr(memory, "HUGE_FROM", 1)
     own = quantize(tiny.master())
-    assert in_huge_pages(own, 10 * GB) is own  # not mapped
+    assert in_huge_pages(own, 10 * GB, free) is own  # not mapped
     monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
-    assert in_huge_pages(mapped, 10 * GB) is mapped
+    assert in_huge_pages(mapped, 10 * GB, free) is mapped

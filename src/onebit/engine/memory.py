@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
-from onebit.packing import PackedTensor, UInt8
+from onebit.packing import UNIT_BYTES, PackedTensor, UInt8
 
 # Python, its libraries and the buffers of a forward pass of 512 tokens, for the largest models we know.
 PROCESS_BYTES = 64_000_000
@@ -30,6 +31,8 @@ DISK_BYTES_PER_S = 1_000_000_000
 # Models of so many bytes are moved to huge pages: the pages of a smaller one are few.
 HUGE_FROM = 128_000_000
 HUGE_PAGE = 2 << 20
+# Copied at a time by one thread.
+COPY_BYTES = 8 << 20
 
 # Number formats of the cache: the reference, then 8 bits as codes with a float32 scale for each key and value, then
 # 8 bits as floats (e4m3).
@@ -44,7 +47,7 @@ def position_bytes(config: ModelConfig, kv_cache: str = "bf16") -> int:
     return 2 * config.n_layers * config.n_kv_heads * vector
 
 
-def in_huge_pages(checkpoint: Checkpoint, available: int | None) -> Checkpoint:
+def in_huge_pages(checkpoint: Checkpoint, available: int | None, root: Path = Path("/")) -> Checkpoint:
     """Copy mapped weights into memory of huge pages, and let go of the pages of the file.
 
     A step touches every page of the weights. How fast the system finds them depends on how the file came to lie in its
@@ -53,10 +56,11 @@ def in_huge_pages(checkpoint: Checkpoint, available: int | None) -> Checkpoint:
     Args:
         checkpoint: a packed model.
         available: bytes of memory for the process, or None where that is not known.
+        root: folder that holds proc/, of Linux.
 
     Returns:
         The same model, as it was where it is small or not mapped, where memory would not hold it twice, or where the
-        system has no huge pages to ask for.
+        system has not enough huge pages free: it would have to make them, which takes seconds.
     """
     mapped = {
         name: tensor
@@ -64,7 +68,7 @@ def in_huge_pages(checkpoint: Checkpoint, available: int | None) -> Checkpoint:
         if isinstance(tensor, PackedTensor) and _mapping(tensor.data) is not None
     }
     size = sum(tensor.data.nbytes for tensor in mapped.values())
-    if size < HUGE_FROM or available is None or available < 2 * size or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < HUGE_FROM or available is None or available < 2 * size or _free_huge_bytes(root) < size:
         return checkpoint
     # Private: shared memory has huge pages by another switch of the system.
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -76,14 +80,47 @@ def in_huge_pages(checkpoint: Checkpoint, available: int | None) -> Checkpoint:
     room = np.frombuffer(memory, np.uint8)
     at = -room.ctypes.data % HUGE_PAGE
     tensors = dict(checkpoint.tensors)
+    copies: list[tuple[UInt8, UInt8]] = []
     for name, tensor in mapped.items():
         # Data of every tensor is a whole number of units, so all stay aligned.
         data = room[at : at + tensor.data.nbytes].reshape(tensor.data.shape)
-        np.copyto(data, tensor.data)
         at += data.nbytes
-        _release(tensor.data)
         tensors[name] = tensor._replace(data=data)
+        pairs = (array.reshape(-1, UNIT_BYTES) for array in (data, tensor.data))
+        copies += zip(
+            *(np.array_split(array, -(-array.nbytes // COPY_BYTES)) for array in pairs), strict=True
+        )
+    # The system clears each page that is touched first, which takes longer than the copy: on every core at once.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda pair: _move(*pair), copies))
+    for mapping in {id(m): m for m in (_mapping(tensor.data) for tensor in mapped.values())}.values():
+        assert mapping is not None
+        mapping.madvise(mmap.MADV_DONTNEED)
     return replace(checkpoint, tensors=tensors)
+
+
+def _move(to: UInt8, source: UInt8) -> None:
+    """Copy, and let the pages of the source leave the process; they come back when they are touched."""
+    np.copyto(to, source)
+    mapping = _mapping(source)
+    assert mapping is not None
+    begin = source.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, first, begin + source.nbytes - first)
+
+
+def _free_huge_bytes(root: Path) -> int:
+    """Free memory in pieces of at least a huge page; 0 where the system does not tell, or has no huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return 0
+    try:
+        lines = (root / "proc/buddyinfo").read_text().splitlines()
+        # "Node 0, zone Normal" and how many free pieces there are of 1, 2, 4, ... pages.
+        counts = [[int(n) for n in line.split()[4:]] for line in lines]
+    except (OSError, ValueError):
+        return 0
+    pieces = ((n, mmap.PAGESIZE << order) for zone in counts for order, n in enumerate(zone))
+    return sum(n * size for n, size in pieces if size >= HUGE_PAGE)
 
 
 def _mapping(array: UInt8) -> mmap.mmap | None:
@@ -92,15 +129,6 @@ def _mapping(array: UInt8) -> mmap.mmap | None:
     while base is not None and not isinstance(base, mmap.mmap):
         base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
     return base
-
-
-def _release(array: UInt8) -> None:
-    """Let the pages of a mapped file leave the process; they come back when they are touched."""
-    mapping = _mapping(array)
-    assert mapping is not None
-    begin = array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-    first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-    mapping.madvise(mmap.MADV_DONTNEED, first, begin + array.nbytes - first)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
