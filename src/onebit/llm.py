@@ -114,7 +114,8 @@ class LLM:
         shortlist: "int4" finds the best tokens through 4-bit rows of the head, half the memory to read. Their scores
             stay exact; that none is missed is only very probable. None misses none.
         huge_pages: move a large model from the mapped file to huge pages, where there is memory for both: faster by up
-            to a third, for a third of a second per gigabyte. Without them processes share the pages of the file.
+            to a third, for 0.2 s per gigabyte, or more where the system has to find the memory first. Without them
+            processes share the pages of the file.
 
     Raises:
         ValueError: an unknown kv_cache or shortlist, or heads too wide for "int8".

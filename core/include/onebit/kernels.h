@@ -34,8 +34,8 @@ struct Kernels {
   using DotTile = void (*)(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx, const std::int32_t* sums,
                            int m, int k, std::int32_t* out) noexcept;
   DotTile dot_tile[kEncodings];
-  // dot_tile of two tiles of Q8, the second tile_bytes after the first, and its sums [m, 16] after those of the first:
-  // faster than one by one for few rows of activations. Null where it is not.
+  // dot_tile of two tiles of Q8, the second tile_bytes after the first, and its sums [m, 16] next_out values after those
+  // of the first: faster than one by one for few rows of activations. Null where it is not.
   void (*dot_pair)(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, const std::int8_t* x, std::ptrdiff_t ldx,
                    const std::int32_t* sums, int m, int k, std::int32_t* out,
                    std::ptrdiff_t next_out) noexcept = nullptr;
@@ -95,7 +95,7 @@ struct Kernels {
   //   score_j = (float(hi * 128 + lo) * k_scale[j]) * q_scale, m_b = max score, p_j = exp(score_j - m_b), l_b = lane_sum(p)
   //   w_j = p_j * v_scale[j], codes = round(w * (16256 / max w)) = hi * 128 + lo as in quantize_a15, zeros from n on;
   //   w_scale = max w / 16256
-  //   m' = max(m, m_b), keep = exp(m - m'), take = exp(m_b - m'), l' = l * keep + l_b * take
+  //   m' = max(m, m_b), keep = exp(m - m'), take = exp(m_b - m'), the larger one's being 1; l' = l * keep + l_b * take
   void (*weigh_int8)(const std::int32_t* hi, const std::int32_t* lo, std::ptrdiff_t ld, const float* k_scale,
                      const float* v_scale, float q_scale, int n, Int8Weights* weights, float* m, float* l) noexcept;
   // o[i] = o[i] * keep + (float(hi * 128 + lo) * w_scale) * take, products at [ld * (i / 16) + i % 16], for i < d.
