@@ -336,7 +336,7 @@ onebit::KvCache new_cache(const onebit::ModelConfig& config, std::int64_t n_bloc
   require(n_blocks >= 1 && n_blocks < (1 << 30), "n_blocks: expected at least 1");
   int format = 0;
   while (format < onebit::kKvFormats && kv_cache != onebit::kKvFormatNames[format]) ++format;
-  require(format < onebit::kKvFormats, "kv_cache ", kv_cache, ": expected one of KV_FORMATS");
+  require(format < onebit::kKvFormats, "kv_cache ", kv_cache, ": expected bf16, int8 or fp8");
   const auto kind = static_cast<onebit::KvFormat>(format);
   require(kind != onebit::KvFormat::kInt8 || config.d_head <= onebit::kMaxInt8Head, "kv_cache int8: heads of width ",
           config.d_head, " are too wide for exact sums; expected at most ", onebit::kMaxInt8Head, ", or use bf16");
@@ -493,8 +493,6 @@ NB_MODULE(_core, m) {
   m.doc() = "The compiled core of onebit. Only onebit.engine.model imports it.";
   m.attr("BLOCK_TOKENS") = onebit::kBlockTokens;
   m.attr("SPLIT_TOKENS") = onebit::kSplitTokens;
-  m.attr("KV_FORMATS") = nb::tuple(
-      nb::cast(std::vector<std::string>(std::begin(onebit::kKvFormatNames), std::end(onebit::kKvFormatNames))));
   auto kernels = m.def_submodule("kernels", "Every kernel of every instruction set, for tests.");
   bind_kernels(kernels);
 
@@ -563,7 +561,7 @@ NB_MODULE(_core, m) {
             return new_cache(self.model->config(), n_blocks, kv_cache);
           },
           "n_blocks"_a, "kv_cache"_a,
-          "A cache of n_blocks blocks for this model, all zeros; kv_cache: one of KV_FORMATS.")
+          "A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8.")
       .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "top_k"_a,
            "cache"_a, "logits"_a.noconvert(),
            nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "

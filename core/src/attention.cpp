@@ -65,6 +65,8 @@ struct Attention::Work {
   }
   int n_keys(int t) const { return batch.positions[t] + 1; }
   int n_keys() const { return n_keys(chunk.end - 1); }
+  // The first token of the chunk that sees a key at `start`; the last one does.
+  int first_token(int start) const { return std::max(chunk.begin, chunk.end - (n_keys() - start)); }
 };
 
 Attention::Attention(const Kernels& kernels, int n_heads, int n_kv_heads, int d_head, int n_threads)
@@ -94,10 +96,9 @@ void Attention::begin(const Batch& batch, KvFormat format) {
   split_apart_ = n_threads_ > 1 && n_splits_ > 1 && n_pieces < static_cast<std::size_t>(kPiecesPerThread * n_threads_);
 
   const std::size_t heads = static_cast<std::size_t>(chunk_tokens_) * group_;
-  const std::size_t partial_floats = heads * (2 + d_head_);
-  if (split_apart_) partials_.reserve(n_pieces * n_splits_ * partial_floats);
+  if (split_apart_) partials_.reserve(n_pieces * n_splits_ * partial_floats());
   for (Scratch& scratch : scratch_) {
-    scratch.partial.reserve(2 * partial_floats);
+    scratch.partial.reserve(2 * partial_floats());
     if (format != KvFormat::kInt8) {
       scratch.q_GH.reserve(static_cast<std::size_t>(group_) * d_head_);
       continue;
@@ -113,6 +114,10 @@ void Attention::begin(const Batch& batch, KvFormat format) {
   }
 }
 
+std::size_t Attention::partial_floats() const {
+  return static_cast<std::size_t>(chunk_tokens_) * group_ * (2 + d_head_);
+}
+
 Attention::Partial Attention::partial(float* memory) const {
   const std::ptrdiff_t heads = static_cast<std::ptrdiff_t>(chunk_tokens_) * group_;
   return {memory, memory + heads, memory + 2 * heads, static_cast<std::ptrdiff_t>(group_) * d_head_};
@@ -121,7 +126,6 @@ Attention::Partial Attention::partial(float* memory) const {
 void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, int layer, float* x_TNH) noexcept {
   const int n_pieces = static_cast<int>(chunks_.size()) * n_kv_heads_;
   const std::ptrdiff_t width = static_cast<std::ptrdiff_t>(n_heads_) * d_head_;
-  const std::size_t partial_floats = static_cast<std::size_t>(chunk_tokens_) * group_ * (2 + d_head_);
   const auto work_of = [&](int share, int piece) {
     const Chunk& chunk = chunks_[static_cast<std::size_t>(piece / n_kv_heads_)];
     const int kv_head = piece % n_kv_heads_;
@@ -129,7 +133,7 @@ void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, 
     return Work{batch, cache, layer, chunk, kv_head, q, scratch_[static_cast<std::size_t>(share)]};
   };
   const auto split_partial = [&](int piece, int split) {
-    return partial(partials_.get() + (static_cast<std::size_t>(piece) * n_splits_ + split) * partial_floats);
+    return partial(partials_.get() + (static_cast<std::size_t>(piece) * n_splits_ + split) * partial_floats());
   };
   // m and l of a piece lie in scratch, its o where it belongs.
   const auto result_of = [&](const Work& work) {
@@ -163,7 +167,7 @@ void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, 
         continue;
       }
       const Partial result = result_of(work);
-      const Partial next = partial(work.scratch.partial.get() + partial_floats);
+      const Partial next = partial(work.scratch.partial.get() + partial_floats());
       attend(work, 0, result);
       for (int split = 1; split < n; ++split) {
         attend(work, split, next);
@@ -185,11 +189,6 @@ void Attention::run(ThreadPool& pool, const Batch& batch, const KvCache& cache, 
   });
 }
 
-// The first token of a chunk that sees a key at `start`; the last one does.
-int Attention::first_token(const Work& work, int start) const noexcept {
-  return std::max(work.chunk.begin, work.chunk.end - (work.n_keys() - start));
-}
-
 void Attention::attend(const Work& work, int split, const Partial& to) const noexcept {
   if (work.cache.format() == KvFormat::kInt8) {
     attend_int8(work, split, to);
@@ -209,13 +208,10 @@ void Attention::attend_floats(const Work& work, int split, const Partial& to) co
     k_blocks[b] = work.cache.keys(work.layer, block, work.kv_head);
     v_blocks[b] = work.cache.values(work.layer, block, work.kv_head);
   }
-  const auto kernel = kernels_.attend[static_cast<int>(work.cache.format())];
-  for (int t = first_token(work, start); t < work.chunk.end; ++t) {
-    const int i = t - work.chunk.begin;
-    const int n = std::min(work.n_keys(t) - start, kSplitTokens);
-    kernel(work.scratch.q_GH.get(), group_, d_head_, inv_sqrt_d_, k_blocks, v_blocks, n, to.m + i * group_,
-           to.l + i * group_, to.o + i * to.stride);
-  }
+  // A chunk is one token here: see begin().
+  const int n = std::min(work.n_keys() - start, kSplitTokens);
+  kernels_.attend[static_cast<int>(work.cache.format())](work.scratch.q_GH.get(), group_, d_head_, inv_sqrt_d_,
+                                                         k_blocks, v_blocks, n, to.m, to.l, to.o);
 }
 
 void Attention::take_queries(const Work& work) const noexcept {
@@ -263,7 +259,7 @@ void Attention::dot_tiles(const std::uint8_t* tiles, std::ptrdiff_t tile_bytes, 
 void Attention::attend_int8(const Work& work, int split, const Partial& to) const noexcept {
   Scratch& s = work.scratch;
   const int width = pad_inputs(d_head_);
-  const int first_of_split = first_token(work, split * kSplitTokens) - work.chunk.begin;
+  const int first_of_split = work.first_token(split * kSplitTokens) - work.chunk.begin;
   for (int t = first_of_split; t < work.chunk.end - work.chunk.begin; ++t) {
     std::fill_n(to.m + t * group_, group_, -std::numeric_limits<float>::infinity());
     std::fill_n(to.l + t * group_, group_, 0.0f);
@@ -278,7 +274,7 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
     const std::uint8_t* values = work.cache.values(work.layer, block, work.kv_head);
     const float* k_scale = work.cache.key_scales(work.layer, block, work.kv_head);
     const float* v_scale = work.cache.value_scales(work.layer, block, work.kv_head);
-    const int first = first_token(work, start);
+    const int first = work.first_token(start);
     const int n_tokens = work.chunk.end - first;
     const int m = 2 * n_tokens * group_;
     const int skipped = first - work.chunk.begin;
@@ -322,7 +318,7 @@ void Attention::attend_int8(const Work& work, int split, const Partial& to) cons
 
 // Adds a split to those before it, for the tokens that see it.
 void Attention::merge(const Work& work, int split, const Partial& from, const Partial& to) const noexcept {
-  for (int t = first_token(work, split * kSplitTokens) - work.chunk.begin; t < work.chunk.end - work.chunk.begin; ++t) {
+  for (int t = work.first_token(split * kSplitTokens) - work.chunk.begin; t < work.chunk.end - work.chunk.begin; ++t) {
     const int head = t * group_;
     kernels_.merge_splits(group_, d_head_, from.m + head, from.l + head, from.o + t * from.stride, to.m + head,
                           to.l + head, to.o + t * to.stride);

@@ -7,7 +7,6 @@ import numpy.typing
 
 BLOCK_TOKENS: int
 SPLIT_TOKENS: int
-KV_FORMATS: tuple[str, ...]
 kernels: ModuleType
 
 def available_isas() -> list[str]:
@@ -79,7 +78,7 @@ class Model:
         """config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]."""
 
     def new_cache(self, n_blocks: int, kv_cache: str) -> KvCache:
-        """A cache of n_blocks blocks for this model, all zeros; kv_cache: one of KV_FORMATS."""
+        """A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8."""
 
     def forward(
         self,

@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "onebit/buffer.h"
@@ -48,6 +47,7 @@ class Attention {
   class Reader;
   struct Scratch;
 
+  std::size_t partial_floats() const;
   Partial partial(float* memory) const;
   void take_queries(const Work& work) const noexcept;
   void attend(const Work& work, int split, const Partial& to) const noexcept;
@@ -58,7 +58,6 @@ class Attention {
                  Reader& reader) const noexcept;
   void merge(const Work& work, int split, const Partial& from, const Partial& to) const noexcept;
   void divide(const Work& work, const Partial& of) const noexcept;
-  int first_token(const Work& work, int start) const noexcept;
 
   const Kernels& kernels_;
   int n_heads_;

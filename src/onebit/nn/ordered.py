@@ -48,6 +48,10 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + exp(-x))
 
 
+# The largest score, the sum of the weights, and the weighted sum of the values.
+State = tuple[Tensor, Tensor, Tensor]
+
+
 def attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     """Causal attention: blocks of 64 keys merge into splits of 512, and splits merge, both in ascending order.
 
@@ -71,10 +75,6 @@ def attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
         total = state if total is None else _merge(total, state, split)
     assert total is not None
     return total[2] / total[1]
-
-
-# The largest score, the sum of the weights, and the weighted sum of the values.
-State = tuple[Tensor, Tensor, Tensor]
 
 
 def _attend_block(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, start: int) -> State:
