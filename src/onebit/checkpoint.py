@@ -1,4 +1,4 @@
-"""A model in memory: config, canonical tensors (a float32 master or packed codes), tokenizer, provenance.
+"""A model: config, canonical tensors (a float32 master, packed codes, or still in a file), tokenizer, provenance.
 
 Every format reads and writes this. Knows no files.
 
@@ -6,15 +6,20 @@ Every format reads and writes this. Knows no files.
     packed.label                        # "W1.58A8KV16"
 """
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from onebit import quant
 from onebit.config import ModelConfig
 from onebit.packing import (
+    TILE_ROWS,
     Float32,
+    Int8,
     PackedTensor,
     UInt16,
     bf16_rows,
@@ -27,7 +32,30 @@ from onebit.packing import (
     unpack,
 )
 
-Tensor = Float32 | PackedTensor
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in the file of another format: read when it is needed, and not kept.
+
+    Args:
+        shape: [n] or [n, k].
+        kind: what the file calls its type, as "BF16" or "I2_S".
+        n_bytes: bytes that it takes there, scales included.
+        rows: from the first row and the one after the last to float32 [rows, k], exactly what the file holds (of a
+            vector: its values). May raise ValueError for a damaged file.
+        codes: the weight codes, int8 [n, k], and their scale, float32, of a matrix that is stored as such; else None.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    n_bytes: int
+    rows: Callable[[int, int], Float32]
+    codes: Callable[[], tuple[Int8, Float32]] | None = None
+
+
+Tensor = Float32 | PackedTensor | Stored
+# What the engine takes.
+ReadyTensor = Float32 | PackedTensor
 
 # Layouts that hold the codes of each weight scheme, the default first.
 LINEAR_ENCODINGS: dict[str, tuple[str, ...]] = {"b1.58": ("t80", "r64"), "b1": ("b128",), "dense": ("bf16",)}
@@ -38,18 +66,22 @@ HEADS = (ROW_ENCODING, "bf16")
 # What a bf16 head brings along: int8 rows, and float32 [2, V], at least the norms of their errors and of the rows.
 SHORTLIST, SHORTLIST_BOUNDS = "shortlist.weight", "shortlist.bounds"
 
-# Rows whose float64 norms are computed at once.
-_BLOCK_ROWS = 4096
+# What each layout of linear layers holds.
+_SCHEMES = {encoding: scheme for scheme, encodings in LINEAR_ENCODINGS.items() for encoding in encodings}
+
+# Rows that are handled at once: copies stay small. Whole tiles of every layout.
+BLOCK_ROWS = 3840
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model, either a float32 master or packed; checked when made, so that its users need not.
+    """A model: a float32 master, packed, or in a file of another format; checked when made, so that its users need not.
 
     Args:
         config: the model's shape and flags.
         tensors: by canonical name, exactly those of `tensor_shapes(config, head)`. A master holds float32 arrays;
-            a packed model holds PackedTensors for linear layers, embedding and head, and float32 norms.
+            a packed model holds PackedTensors for linear layers, embedding and head, and float32 norms. What another
+            format holds is Stored, and its values are checked when they are read.
         tokenizer: bytes of tokenizer.json, or None.
         chat_template: a Jinja template, or None.
         provenance: where the model comes from, as JSON values.
@@ -75,8 +107,13 @@ class Checkpoint:
                 raise ValueError(f"tensor {name} is not part of the model that the config describes")
         for name, shape in shapes.items():
             tensor = self.tensors[name]
-            if self.is_packed and len(shape) == 2 and name != SHORTLIST_BOUNDS:
-                _check_packed(name, tensor, shape, self.config)
+            if isinstance(tensor, Stored):
+                if tensor.shape != shape:
+                    raise ValueError(
+                        f"tensor {name} is {list(tensor.shape)}; the config asks for {list(shape)}"
+                    )
+            elif self.is_packed:
+                check_tensor(name, tensor, shape, self.config)
             else:
                 _check_dense(name, tensor, shape)
 
@@ -88,10 +125,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """Bits of weights, activations and reference cache, as in "W1.58A8KV16", and of an unusual head, as in H16."""
-        usual = "bf16" if self.config.weights == "dense" else ROW_ENCODING
-        if self.head in (None, usual):
-            return self.config.label
-        return self.config.label + ("H16" if self.head == "bf16" else "H8")
+        return label(self.config, self.head)
 
     @property
     def head(self) -> str | None:
@@ -133,24 +167,23 @@ class Part(NamedTuple):
         return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
 
 
-def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | None = None) -> Checkpoint:
-    """Quantise and pack the linear layers; embedding and head become int8 rows, norms and biases stay float32.
-
-    Of a dense model, linear layers and embedding become bfloat16. A packed checkpoint keeps its codes and scales;
-    only the layout of its linear layers changes.
+class Plan(NamedTuple):
+    """What `quantize` makes of a checkpoint.
 
     Args:
-        checkpoint: a float32 master or a packed model.
-        encoding: layout of the linear layers: "t80" (default) or "r64" for b1.58, "b128" for b1, "bf16" for dense
-            ones. None keeps the layout of a packed model.
-        head: "q8" (default) or "bf16" (default of dense models), which keeps the head, and an embedding tied to it, in
-            bfloat16, with a shortlist of int8 rows. None keeps the head of a packed model.
-
-    Raises:
-        ValueError: an encoding that cannot hold the scheme, or another head for a packed model.
+        config: of the result; differs where dense weights are to be rounded.
+        head: how the head is kept.
+        encodings: layout of each matrix of the result, by its name.
     """
+
+    config: ModelConfig
+    head: str
+    encodings: dict[str, str]
+
+
+def plan(checkpoint: Checkpoint, encoding: str | None = None, head: str | None = None) -> Plan:
+    """Choose the layouts of a packed model; arguments and errors are those of `quantize`."""
     config = checkpoint.config
-    allowed = LINEAR_ENCODINGS[config.weights]
     if head is not None and head not in HEADS:
         raise ValueError(f"head is {head!r}; expected {' or '.join(HEADS)}")
     if checkpoint.is_packed and head not in (None, checkpoint.head):
@@ -158,20 +191,137 @@ def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | No
             f"the head of this packed model is {checkpoint.head}; its float32 rows are gone: "
             f"convert the run folder with head {head}"
         )
-    if encoding is None and checkpoint.is_packed:
-        return checkpoint
-    layout = allowed[0] if encoding is None else encoding
-    if layout not in allowed:
+    embed = checkpoint.tensors["embed.weight"]
+    is_dense = config.weights == "dense"
+    if is_dense and not checkpoint.is_packed and _SCHEMES.get(encoding or "", "dense") != "dense":
+        config = replace(config, weights=_SCHEMES[encoding or ""], activations="a8")  # type: ignore[arg-type]
+    allowed = LINEAR_ENCODINGS[config.weights]
+    if encoding is not None and encoding not in allowed:
         expected = " or ".join(allowed)
-        raise ValueError(f"encoding {layout!r} cannot hold {config.weights} weights; expected {expected}")
-    if not checkpoint.is_packed:
-        head = head or ("bf16" if config.weights == "dense" else ROW_ENCODING)
-    tensors = dict(checkpoint.tensors)
-    if head == "bf16" and not checkpoint.is_packed:
-        tensors |= _bf16_head(head_name(config), checkpoint.tensors)
-    for name, tensor in tensors.items():
-        tensors[name] = _quantized(name, tensor, config, layout, head)
-    return replace(checkpoint, tensors=tensors)
+        raise ValueError(f"encoding {encoding!r} cannot hold {config.weights} weights; expected {expected}")
+    encodings: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if config.is_linear(name):
+            kept = tensor.encoding if isinstance(tensor, PackedTensor) else allowed[0]
+            encodings[name] = encoding or kept
+    if checkpoint.is_packed:
+        head = checkpoint.head
+    elif head is None and isinstance(embed, Stored) and embed.codes:
+        head = encoding or allowed[0]
+    elif head is None:
+        # Rows of others keep their values; ours are trained to be rounded.
+        head = "bf16" if is_dense or isinstance(embed, Stored) else ROW_ENCODING
+    assert head
+    for name, shape in tensor_shapes(config, head).items():
+        if len(shape) == 2 and name != SHORTLIST_BOUNDS and name not in encodings:
+            encodings[name] = ROW_ENCODING if name == SHORTLIST else head
+    # Of a packed model that has its own way with the embedding.
+    encodings |= {
+        name: tensor.encoding
+        for name, tensor in checkpoint.tensors.items()
+        if isinstance(tensor, PackedTensor) and not config.is_linear(name)
+    }
+    return Plan(config, head, encodings)
+
+
+def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | None = None) -> Checkpoint:
+    """Quantise and pack the linear layers, embedding and head; norms and biases stay float32.
+
+    Of a master of ours embedding and head become int8 rows; of a dense model, and of one in another format, bfloat16,
+    or weight codes where the format holds such. A packed checkpoint keeps its codes and scales; only the layout of its
+    linear layers changes.
+
+    Args:
+        checkpoint: a float32 master, a packed model, or one in a file of another format.
+        encoding: layout of the linear layers: "t80" (default) or "r64" for b1.58, "b128" for b1, "bf16" for dense
+            ones, or one of the others to round dense ones to it, with 8-bit activations. None keeps the layout of a
+            packed model.
+        head: "q8", int8 rows, or "bf16", which keeps the head and the embedding in bfloat16, with a shortlist of int8
+            rows. None takes the default, or keeps the head of a packed model.
+
+    Raises:
+        ValueError: an encoding that cannot hold the scheme, another head for a packed model, or a damaged file.
+    """
+    if encoding is None and checkpoint.is_packed and head in (None, checkpoint.head):
+        return checkpoint
+    planned = plan(checkpoint, encoding, head)
+    tensors: dict[str, Tensor] = dict(packed_tensors(checkpoint, planned))
+    return replace(checkpoint, config=planned.config, tensors=tensors)
+
+
+def packed_tensors(checkpoint: Checkpoint, planned: Plan) -> Iterator[tuple[str, ReadyTensor]]:
+    """Make the tensors of a packed model one by one, in file order; nothing is kept.
+
+    Args:
+        checkpoint: what they are made of.
+        planned: from `plan`.
+
+    Raises:
+        ValueError: a damaged source; see `rows` and `codes`.
+    """
+    config, names = planned.config, tensor_shapes(planned.config, planned.head)
+    for name, shape in names.items():
+        if name == SHORTLIST and name not in checkpoint.tensors:
+            yield from _shortlist(head_name(config), checkpoint.tensors[head_name(config)])
+            return
+        tensor = checkpoint.tensors[name]
+        if name not in planned.encodings:
+            made: ReadyTensor = rows(name, tensor)
+        else:
+            made = _packed(name, tensor, (shape[0], shape[1]), planned)
+        yield name, made
+
+
+def rows(name: str, tensor: Tensor, begin: int = 0, end: int | None = None) -> Float32:
+    """Rows of a tensor as float32: codes * scale of a packed one, else the values themselves.
+
+    Args:
+        name: of the tensor, for the error.
+        tensor: any.
+        begin: the first row.
+        end: the row after the last; None takes all.
+
+    Raises:
+        ValueError: NaN or infinity in it, or a damaged file.
+    """
+    end = tensor.shape[0] if end is None else min(end, tensor.shape[0])
+    if isinstance(tensor, PackedTensor):
+        return _packed_rows(tensor, begin, end)
+    if not isinstance(tensor, Stored):
+        return tensor if (begin, end) == (0, len(tensor)) else tensor[begin:end]
+    values = tensor.rows(begin, end)
+    _check_dense(name, values, (end - begin, *tensor.shape[1:]))
+    return values
+
+
+def codes(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Int8, Float32]:
+    """Weight codes and scale of a matrix: those it holds, else those that its values are rounded to.
+
+    Args:
+        name: of the matrix.
+        tensor: packed, stored, or float32.
+        config: of the model, not dense; its scheme and granularity.
+
+    Returns:
+        int8 [n, k], and float32 multipliers of the shape of `scale_shape`.
+
+    Raises:
+        ValueError: a code or scale that the scheme does not have, NaN, or a damaged file.
+    """
+    if isinstance(tensor, PackedTensor):
+        return unpack(tensor.data, tensor.encoding, tensor.shape), tensor.scale
+    n, k = tensor.shape
+    if isinstance(tensor, Stored) and tensor.codes:
+        found, scale = tensor.codes()
+        if found.shape != (n, k) or scale.shape != scale_shape((n, k), config.scale):
+            shapes = f"{list(found.shape)} with scales {list(scale.shape)}"
+            raise ValueError(
+                f"tensor {name}: codes are {shapes}; the config asks for {[n, k]} with {config.scale}"
+            )
+        _check_scale(name, scale)
+        return found, scale
+    found, scale = quant.quantize_weights(rows(name, tensor), config.weights, config.scale)
+    return found.astype(np.int8), scale
 
 
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:
@@ -184,14 +334,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
 
 def to_dense(tensor: Tensor) -> Float32:
     """A tensor as float32: codes * scale of a packed one, any other unchanged."""
-    if not isinstance(tensor, PackedTensor):
-        return tensor
-    if tensor.encoding == "bf16":
-        n, k = tensor.shape
-        return from_bf16(bf16_rows(tensor)[:n, :k])
-    codes = unpack(tensor.data, tensor.encoding, tensor.shape)
-    dense: Float32 = quant.dequantize(codes.astype(np.float32), tensor.scale)
-    return dense
+    return rows("", tensor)
 
 
 def code_histogram(checkpoint: Checkpoint) -> dict[int, float]:
@@ -221,6 +364,8 @@ def parts(checkpoint: Checkpoint) -> list[Part]:
         if isinstance(tensor, PackedTensor):
             n, k = tensor.shape if part != "shortlist" else (0, 0)
             totals[part] = n_weights + n * k, n_bytes + tensor.data.nbytes + tensor.scale.nbytes
+        elif isinstance(tensor, Stored):
+            totals[part] = n_weights + math.prod(tensor.shape), n_bytes + tensor.n_bytes
         else:
             size = 0 if part == "shortlist" else tensor.size
             totals[part] = n_weights + size, n_bytes + tensor.nbytes
@@ -255,51 +400,82 @@ def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple
     return (1,) if granularity == "tensor" else (n,)
 
 
-def _quantized(name: str, tensor: Tensor, config: ModelConfig, layout: str, head: str | None) -> Tensor:
-    # Rows of a dense model are of one kind; of others, only the head may be bfloat16, which is made apart.
-    rows = "bf16" if config.weights == "dense" and head == "bf16" and name != SHORTLIST else ROW_ENCODING
-    encoding = layout if config.is_linear(name) else rows
-    if isinstance(tensor, PackedTensor):
-        if tensor.encoding in (encoding, "bf16"):
-            return tensor
-        codes = unpack(tensor.data, tensor.encoding, tensor.shape)
-        return tensor._replace(encoding=encoding, data=pack(codes, encoding))
-    if tensor.ndim == 1 or name == SHORTLIST_BOUNDS:
+def label(config: ModelConfig, head: str | None) -> str:
+    """The label of a model with such a head, or of a master where that is None."""
+    usual = "bf16" if config.weights == "dense" else ROW_ENCODING
+    if head in (None, usual):
+        return config.label
+    return config.label + ("H16" if head == "bf16" else "H8")
+
+
+def _packed(name: str, tensor: Tensor, shape: tuple[int, int], planned: Plan) -> PackedTensor:
+    """One matrix in the layout that the plan has for it."""
+    config, encoding = planned.config, planned.encodings[name]
+    if isinstance(tensor, PackedTensor) and tensor.encoding in (encoding, "bf16"):
         return tensor
+    if encoding in LINEAR_ENCODINGS[config.weights] and encoding != "bf16":
+        found, scale = codes(name, tensor, config)
+        return PackedTensor(encoding, shape, _pack(found, encoding), scale)
+    data = np.zeros(packed_shape(encoding, shape), np.uint8)
+    scale = np.ones(1 if encoding == "bf16" else shape[0], np.float32)
+    tile = TILE_ROWS[encoding]
+    for begin in range(0, shape[0], BLOCK_ROWS):
+        block = rows(name, tensor, begin, begin + BLOCK_ROWS)
+        if encoding == "bf16":
+            made = pack_bf16(_bf16(name, block))
+        else:
+            found, scale[begin : begin + BLOCK_ROWS] = quant.quantize_rows(block, 8)
+            made = pack(found.astype(np.int8), encoding)
+        data[begin // tile : begin // tile + len(made)] = made
+    return PackedTensor(encoding, shape, data, scale)
+
+
+def _pack(found: Int8, encoding: str) -> npt.NDArray[np.uint8]:
+    """`pack`, in blocks: it takes several copies of what it packs."""
+    n, k = found.shape
+    data, tile = np.empty(packed_shape(encoding, (n, k)), np.uint8), TILE_ROWS[encoding]
+    for begin in range(0, n, BLOCK_ROWS):
+        made = pack(found[begin : begin + BLOCK_ROWS], encoding)
+        data[begin // tile : begin // tile + len(made)] = made
+    return data
+
+
+def _packed_rows(tensor: PackedTensor, begin: int, end: int) -> Float32:
     n, k = tensor.shape
-    if encoding == "bf16":
-        return PackedTensor("bf16", (n, k), pack_bf16(_bf16(name, tensor)), np.ones(1, np.float32))
-    if encoding == ROW_ENCODING:
-        codes, scale = quant.quantize_rows(tensor, 8)
-    else:
-        codes, scale = quant.quantize_weights(tensor, config.weights, config.scale)
-    return PackedTensor(encoding, (n, k), pack(codes.astype(np.int8), encoding), scale)
+    tile = TILE_ROWS[tensor.encoding]
+    first = begin // tile
+    data = tensor.data[first : -(-end // tile)]
+    start, stop = first * tile, min(n, first * tile + len(data) * tile)
+    if tensor.encoding == "bf16":
+        block = tensor._replace(data=data, shape=(stop - start, k))
+        return from_bf16(bf16_rows(block)[begin - start : end - start, :k])
+    found = unpack(data, tensor.encoding, (stop - start, k))[begin - start : end - start]
+    scale = tensor.scale if tensor.scale.shape == (1,) else tensor.scale[begin:end]
+    dense: Float32 = quant.dequantize(found.astype(np.float32), scale)
+    return dense
 
 
-def _bf16_head(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The head of a master in bfloat16, int8 rows of it, and what bounds their errors."""
-    master = tensors[name]
-    assert not isinstance(master, PackedTensor)
-    n, k = shape = master.shape
-    rows = _bf16(name, master)
-    all_codes, all_scales = np.empty(shape, np.int8), np.empty(n, np.float32)
+def _shortlist(name: str, head: Tensor) -> Iterator[tuple[str, ReadyTensor]]:
+    """Int8 rows of a head in bfloat16, and what bounds their errors."""
+    n, k = shape = head.shape[0], head.shape[1]
+    data, scales = np.empty(packed_shape(ROW_ENCODING, shape), np.uint8), np.empty(n, np.float32)
     bounds = np.empty((2, n), np.float32)
-    for start in range(0, n, _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        w = from_bf16(rows[block])
-        codes, scale = quant.quantize_rows(w, 8)
-        all_codes[block], all_scales[block] = codes, scale
-        w64, q64 = w.astype(np.float64), codes.astype(np.float64) * scale.astype(np.float64)[:, None]
+    tile = TILE_ROWS[ROW_ENCODING]
+    for start in range(0, n, BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        w = from_bf16(_bf16(name, rows(name, head, start, start + BLOCK_ROWS)))
+        found, scale = quant.quantize_rows(w, 8)
+        made = pack(found.astype(np.int8), ROW_ENCODING)
+        data[start // tile : start // tile + len(made)] = made
+        scales[block] = scale
+        w64, q64 = w.astype(np.float64), found.astype(np.float64) * scale.astype(np.float64)[:, None]
         # The float64 sums are good to 1e-11; what is stored must not be smaller than the norm.
         for bound, values in zip(bounds, (w64 - q64, w64), strict=True):
             norm = np.sqrt((values * values).sum(axis=1)) * (1 + 2**-30)
             with np.errstate(over="ignore"):
                 bound[block] = np.nextafter(norm.astype(np.float32), np.float32(np.inf))
-    return {
-        name: PackedTensor("bf16", (n, k), pack_bf16(rows), np.ones(1, np.float32)),
-        SHORTLIST: PackedTensor(ROW_ENCODING, (n, k), pack(all_codes, ROW_ENCODING), all_scales),
-        SHORTLIST_BOUNDS: bounds,
-    }
+    yield SHORTLIST, PackedTensor(ROW_ENCODING, (n, k), data, scales)
+    yield SHORTLIST_BOUNDS, bounds
 
 
 def _bf16(name: str, tensor: Float32) -> UInt16:
@@ -317,8 +493,20 @@ def _part_name(name: str, config: ModelConfig) -> str:
     return {"embed.weight": "embedding", "head.weight": "head"}.get(name, "norms")
 
 
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig) -> None:
+    """Check a tensor of a packed model.
+
+    Raises:
+        ValueError: see `Checkpoint`.
+    """
+    if len(shape) == 2 and name != SHORTLIST_BOUNDS:
+        _check_packed(name, tensor, shape, config)
+    else:
+        _check_dense(name, tensor, shape)
+
+
 def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if isinstance(tensor, PackedTensor):
+    if not isinstance(tensor, np.ndarray):
         raise ValueError(f"tensor {name} is packed, but the model is not: pack all matrices or none")
     if tensor.dtype != np.float32 or tensor.shape != shape:
         found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -329,11 +517,16 @@ def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"tensor {name} holds NaN or infinity; the file is damaged or training diverged")
 
 
+def _check_scale(name: str, scale: Float32) -> None:
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"tensor {name}: a scale is not a positive finite number; the file is damaged")
+
+
 def _check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig) -> None:
     if not isinstance(tensor, PackedTensor):
         raise ValueError(f"tensor {name} is float32, but the model is packed: pack all matrices or none")
     allowed = LINEAR_ENCODINGS[config.weights] if config.is_linear(name) else (ROW_ENCODING,)
-    if name == head_name(config) or (name == "embed.weight" and config.weights == "dense"):
+    if name in ("embed.weight", "head.weight"):
         allowed = HEADS
     if tensor.encoding not in allowed:
         expected = " or ".join(allowed)
@@ -353,7 +546,6 @@ def _check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], config: Mod
     if scale.dtype != np.float32 or scale.shape != expected_scale:
         found = f"{scale.dtype} {list(scale.shape)}"
         raise ValueError(f"tensor {name}: scale is {found}; expected float32 {list(expected_scale)}")
-    if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"tensor {name}: a scale is not a positive finite number; the file is damaged")
+    _check_scale(name, scale)
     if tensor.encoding == "bf16" and scale[0] != 1:
         raise ValueError(f"tensor {name}: the scale of bf16 is {scale[0]}; expected 1")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from onebit.checkpoint import Checkpoint, quantize
+from onebit.checkpoint import HEADS, Checkpoint, quantize
 from onebit.config import ModelConfig, RopeScaling
 from onebit.formats import native
 from onebit.packing import PackedTensor
@@ -146,10 +146,13 @@ def test_golden_file(tmp_path, monkeypatch):
     assert hashlib.sha256(contents).hexdigest() == GOLDEN_SHA256
 
 
-def test_a_master_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="quantize it first"):
-        native.write(tiny.master(), tmp_path / "x.onebit")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("changes", [{}, {"tied_head": False}, {"weights": "b1", "scale": 16}])
+def test_a_master_is_packed_while_it_is_written(changes, head, tmp_path):
+    master = tiny.master(tiny.config(**changes))
+    native.write(master, tmp_path / "master.onebit", head=head)
+    native.write(quantize(master, head=head), tmp_path / "packed.onebit")
+    assert (tmp_path / "master.onebit").read_bytes() == (tmp_path / "packed.onebit").read_bytes()
 
 
 def test_provenance_must_be_json(tmp_path):

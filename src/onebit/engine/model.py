@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onebit import _core
-from onebit.checkpoint import Checkpoint
+from onebit.checkpoint import Checkpoint, Stored, Tensor
 from onebit.config import ModelConfig
 from onebit.packing import PackedTensor, UInt16, bf16_rows
 
@@ -248,7 +248,9 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _to_core(tensor: Float32 | PackedTensor) -> Float32 | UInt16 | _core.PackedMatrix:
+def _to_core(tensor: Tensor) -> Float32 | UInt16 | _core.PackedMatrix:
+    # Of a packed model nothing is left in a file.
+    assert not isinstance(tensor, Stored)
     if not isinstance(tensor, PackedTensor):
         return tensor
     if tensor.encoding == "bf16":

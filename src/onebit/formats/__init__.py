@@ -9,7 +9,7 @@ Every format is a module with read(path) -> Checkpoint and write(checkpoint, pat
 import os
 from pathlib import Path
 
-from onebit.checkpoint import Checkpoint, quantize
+from onebit.checkpoint import Checkpoint
 from onebit.formats import native, run
 
 SUFFIX = ".onebit"
@@ -71,6 +71,5 @@ def convert(
     dst = Path(dst)
     if dst.suffix != SUFFIX:
         raise ValueError(f"{dst}: expected a file name that ends in {SUFFIX}")
-    packed = quantize(read(src), encoding, head)
-    native.write(packed, dst)
-    return packed
+    native.write(read(src), dst, encoding, head)
+    return native.read(dst)

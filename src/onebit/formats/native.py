@@ -17,9 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from onebit import __version__
-from onebit.checkpoint import Checkpoint, Tensor, granularity, head_name, scale_shape, tensor_shapes
+from onebit.checkpoint import (
+    Checkpoint,
+    Plan,
+    Tensor,
+    check_tensor,
+    granularity,
+    head_name,
+    label,
+    packed_tensors,
+    plan,
+    scale_shape,
+    tensor_shapes,
+)
 from onebit.config import ModelConfig
 from onebit.formats import tensors as container
+from onebit.formats.files import new_file
 from onebit.formats.tensors import Array, Json, named, shorten
 from onebit.packing import TILE_ROWS, PackedTensor, packed_shape
 
@@ -29,37 +42,84 @@ VERSION = 1
 _TOKENIZER = "tokenizer.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _MAX_CONFIG_LENGTH = 65536
+_NO_HASH = "0" * 64
 _FIELDS = ("version", "onebit_version", "label", "config", "encodings", "provenance", "sha256", "digest")
 
 
-def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write a packed model as a .onebit file, whole or not at all.
+def write(
+    checkpoint: Checkpoint, path: str | os.PathLike[str], encoding: str | None = None, head: str | None = None
+) -> None:
+    """Write a model as a .onebit file, whole or not at all, one tensor after the other.
 
     Args:
-        checkpoint: a packed model; see `onebit.checkpoint.quantize`.
+        checkpoint: any; `onebit.checkpoint.quantize` says how it is packed.
         path: the file to make or to replace.
+        encoding: layout of the linear layers; see `quantize`.
+        head: how the head is kept; see `quantize`.
 
     Raises:
-        ValueError: a float32 master.
+        ValueError: an encoding or head that does not fit, or a damaged source.
         OSError: the folder is missing, the disk is full, ...
     """
-    if not checkpoint.is_packed:
-        raise ValueError(
-            "a .onebit file holds packed weights; this model is a float32 master: quantize it first"
+    planned = plan(checkpoint, encoding, head)
+    shapes = tensor_shapes(planned.config, planned.head)
+    template = checkpoint.chat_template
+    blobs = {
+        name: np.frombuffer(text, np.uint8)
+        for name, text in (
+            (_TOKENIZER, checkpoint.tokenizer),
+            (_CHAT_TEMPLATE, None if template is None else template.encode("utf-8")),
         )
-    tensors = _stored_tensors(checkpoint)
+        if text is not None
+    }
+    stored = _stored_entries(planned, shapes) | {
+        name: container.entry_of(blob) for name, blob in blobs.items()
+    }
+    entries = container.entries(stored)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "onebit_version": __version__,
-        "label": checkpoint.label,
-        "config": _canonical_json(checkpoint.config.to_dict()),
-        "encodings": _canonical_json(_encodings(checkpoint)),
+        "label": label(planned.config, planned.head),
+        "config": _canonical_json(planned.config.to_dict()),
+        "encodings": _canonical_json(
+            {
+                name: _encoding_entry(name, planned.encodings[name], (shape[0], shape[1]), planned.config)
+                for name, shape in shapes.items()
+                if name in planned.encodings
+            }
+        ),
         "provenance": _canonical_json(checkpoint.provenance),
-        "sha256": _canonical_json({name: _sha256(tensor) for name, tensor in tensors.items()}),
+        # Hashes all have one length, so the header keeps its length when the right ones are put in.
+        "sha256": _canonical_json(dict.fromkeys(stored, _NO_HASH)),
+        "digest": _NO_HASH,
     }
-    metadata["digest"] = _digest({"__metadata__": metadata} | container.entries(tensors))
-    container.write(Path(path), metadata, tensors)
+    start = len(container.header_bytes({"__metadata__": metadata} | entries))
+    hashes: dict[str, str] = {}
+    with new_file(Path(path)) as file:
+
+        def put(name: str, tensor: Array) -> None:
+            if container.entry_of(tensor) != stored[name]:
+                raise ValueError(
+                    f"tensor {name} is {tensor.dtype} {list(tensor.shape)}; planned was {stored[name]}"
+                )
+            file.seek(start + entries[name]["data_offsets"][0])
+            file.write(container.raw(tensor))
+            hashes[name] = _sha256(tensor)
+
+        for name, tensor in packed_tensors(checkpoint, planned):
+            check_tensor(name, tensor, shapes[name], planned.config)
+            if isinstance(tensor, PackedTensor):
+                put(name, tensor.data)
+                put(_scale_name(name), tensor.scale)
+            else:
+                put(name, tensor)
+        for name, blob in blobs.items():
+            put(name, blob)
+        metadata["sha256"] = _canonical_json(hashes)
+        metadata["digest"] = _digest({"__metadata__": metadata} | entries)
+        file.seek(0)
+        file.write(container.header_bytes({"__metadata__": metadata} | entries))
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -193,30 +253,21 @@ def _take_bytes(name: str, left: dict[str, Array]) -> bytes | None:
     return tensor.tobytes()
 
 
-def _stored_tensors(checkpoint: Checkpoint) -> dict[str, Array]:
-    """All tensors in file order: packed data, whose sizes are multiples of 64, then float32, then texts."""
-    packed: dict[str, Array] = {}
-    floats: dict[str, Array] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if isinstance(tensor, PackedTensor):
-            packed[name] = tensor.data
-            floats[_scale_name(name)] = tensor.scale
+def _stored_entries(
+    planned: Plan, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of all tensors in file order: packed data, whose sizes are multiples of 64, then float32."""
+    packed: dict[str, tuple[str, tuple[int, ...]]] = {}
+    floats: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if encoding := planned.encodings.get(name):
+            n, k = shape
+            packed[name] = "U8", packed_shape(encoding, (n, k))
+            kind = granularity(name, planned.config, encoding)
+            floats[_scale_name(name)] = "F32", scale_shape((n, k), kind)
         else:
-            floats[name] = tensor
-    blobs: dict[str, Array] = {}
-    if checkpoint.tokenizer is not None:
-        blobs[_TOKENIZER] = np.frombuffer(checkpoint.tokenizer, np.uint8)
-    if checkpoint.chat_template is not None:
-        blobs[_CHAT_TEMPLATE] = np.frombuffer(checkpoint.chat_template.encode("utf-8"), np.uint8)
-    return packed | floats | blobs
-
-
-def _encodings(checkpoint: Checkpoint) -> Json:
-    return {
-        name: _encoding_entry(name, tensor.encoding, tensor.shape, checkpoint.config)
-        for name, tensor in checkpoint.tensors.items()
-        if isinstance(tensor, PackedTensor)
-    }
+            floats[name] = "F32", shape
+    return packed | floats
 
 
 def _encoding_entry(name: str, encoding: str, shape: tuple[int, int], config: ModelConfig) -> Json:
@@ -241,4 +292,4 @@ def _canonical_json(value: Json) -> str:
 
 
 def _sha256(tensor: Array) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+    return hashlib.sha256(container.raw(tensor)).hexdigest()

@@ -12,12 +12,12 @@ from typing import TypeGuard
 
 import numpy as np
 
-from onebit.checkpoint import Checkpoint, Tensor
+from onebit.checkpoint import Checkpoint, Tensor, rows
 from onebit.config import ModelConfig
 from onebit.formats import tensors as container
 from onebit.formats.files import write_file
 from onebit.formats.tensors import Array, Json, named, parse_json, shorten
-from onebit.packing import Float32, PackedTensor
+from onebit.packing import Float32
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
@@ -81,7 +81,7 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
             (folder / name).unlink(missing_ok=True)
         else:
             write_file(folder / name, [contents])
-    tensors = {name: t for name, t in checkpoint.tensors.items() if not isinstance(t, PackedTensor)}
+    tensors = {name: rows(name, tensor) for name, tensor in checkpoint.tensors.items()}
     container.write(
         folder / MODEL, {"provenance": json.dumps(checkpoint.provenance, allow_nan=False)}, tensors
     )

@@ -2,18 +2,20 @@
 
     8 bytes: header length n, little-endian | n bytes: JSON, padded with spaces | data, without holes
 
-Trusts nothing in a file: every length, offset and shape is checked before it is used. Knows the dtypes F32
-and U8 alone, and nothing of models.
+Trusts nothing in a file: every length, offset and shape is checked before it is used. Files of ours have the dtypes F32
+and U8 alone. Knows nothing of models.
 """
 
+import itertools
 import json
+import math
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,20 @@ ALIGN = 64
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 8
+# Bytes of one value of the dtypes that models of others come in; 16-bit ones are handled as their bits.
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -97,66 +113,126 @@ def split_header(contents: npt.NDArray[np.uint8]) -> tuple[Json, npt.NDArray[np.
     return header, contents[8 + n_header :]
 
 
+class Span(NamedTuple):
+    """Where a tensor lies in the data.
+
+    Args:
+        name: of the tensor.
+        dtype: one of `ITEM_BYTES`.
+        shape: its sizes.
+        begin: its first byte.
+        stop: the byte after its last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    stop: int
+
+
+def spans(header: Json, n_data: int, dtypes: Collection[str]) -> dict[str, Span]:
+    """The tensors of a file, in the order of the header, checked to fill its data exactly once.
+
+    Args:
+        header: from `split_header`.
+        n_data: bytes that follow the header.
+        dtypes: those that are allowed, of `ITEM_BYTES`.
+
+    Raises:
+        ValueError: a malformed entry, another dtype, or tensors that overlap, leave holes or end elsewhere
+            than the file does.
+    """
+    found = {name: _span(name, entry, dtypes) for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, _, _, begin, stop in sorted(found.values(), key=lambda span: (span.begin, span.stop)):
+        if begin != end:
+            problem = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
+            raise ValueError(f"tensor {shorten(name)} {problem}: it starts at {begin}, not {end}")
+        if stop > n_data:
+            raise ValueError(f"tensor {shorten(name)} ends at {stop} of {n_data}; the file is truncated")
+        end = stop
+    if end != n_data:
+        raise ValueError(f"{n_data - end} bytes follow the last tensor; the file is damaged")
+    return found
+
+
 def views(header: Json, data: npt.NDArray[np.uint8]) -> dict[str, Array]:
-    """The tensors of a file as views of its data, checked to fill it exactly once.
+    """The tensors of a file of ours as views of its data.
 
     Args:
         header: from `split_header`.
         data: uint8, all that follows the header.
 
     Raises:
-        ValueError: a malformed entry, another dtype, or tensors that overlap, leave holes or end elsewhere
-            than the file does.
+        ValueError: see `spans`.
     """
-    spans = sorted(
-        (_span(name, entry) for name, entry in header.items() if name != "__metadata__"),
-        key=lambda span: (span[1], span[2]),
-    )
-    tensors: dict[str, Array] = {}
-    end = 0
-    for name, begin, stop, dtype, shape in spans:
-        if begin != end:
-            problem = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
-            raise ValueError(f"tensor {shorten(name)} {problem}: it starts at {begin}, not {end}")
-        if stop > data.size:
-            raise ValueError(f"tensor {shorten(name)} ends at {stop} of {data.size}; the file is truncated")
-        tensors[name] = data[begin:stop].view(dtype).reshape(shape)
-        end = stop
-    if end != data.size:
-        raise ValueError(f"{data.size - end} bytes follow the last tensor; the file is damaged")
-    return {name: tensors[name] for name in header if name != "__metadata__"}
+    return {
+        name: data[span.begin : span.stop].view(_DTYPES[span.dtype]).reshape(span.shape)
+        for name, span in spans(header, data.size, _DTYPES).items()
+    }
 
 
-def entries(tensors: Mapping[str, Array]) -> Json:
-    """Header entries of tensors stored one after the other: {name: {dtype, shape, data_offsets}}."""
+def entry_of(tensor: Array) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of an array, as `header_bytes` takes them."""
+    return _DTYPE_NAMES[tensor.dtype], tensor.shape
+
+
+def entries(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Json:
+    """Header entries of tensors stored one after the other: {name: {dtype, shape, data_offsets}}.
+
+    Args:
+        tensors: dtype, one of `ITEM_BYTES`, and shape of each.
+    """
     header: Json = {}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     return header
 
 
+def header_bytes(header: Json) -> bytes:
+    """A header with its length before it, padded so that data starts at a multiple of 64 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> None:
-    """Write tensors in the given order, whole or not at all; data starts at a multiple of 64 bytes.
+    """Write tensors in the given order, whole or not at all.
 
     Raises:
-        OSError: see `write_file`.
+        OSError: see `new_file`.
     """
-    header = json.dumps({"__metadata__": dict(metadata)} | entries(tensors), separators=(",", ":")).encode()
-    header += b" " * (-(8 + len(header)) % ALIGN)
+    specs = {name: entry_of(tensor) for name, tensor in tensors.items()}
+    stream(path, metadata, specs, (raw(tensor) for tensor in tensors.values()))
 
-    def chunks() -> Iterator[Buffer]:
-        yield len(header).to_bytes(8, "little")
-        yield header
-        for tensor in tensors.values():
-            yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
-    write_file(path, chunks())
+def stream(
+    path: Path,
+    metadata: Mapping[str, str],
+    specs: Mapping[str, tuple[str, tuple[int, ...]]],
+    chunks: Iterable[Buffer],
+) -> None:
+    """Write tensors that come piece by piece, whole or not at all.
+
+    Args:
+        path: the file to make or to replace.
+        metadata: texts.
+        specs: dtype, one of `ITEM_BYTES`, and shape of each tensor, in the order of their bytes.
+        chunks: the bytes.
+
+    Raises:
+        OSError: see `new_file`.
+    """
+    header = header_bytes({"__metadata__": dict(metadata)} | entries(specs))
+    write_file(path, itertools.chain([header], chunks))
+
+
+def raw(tensor: npt.NDArray[Any]) -> memoryview:
+    """The bytes of an array, in the order of its elements."""
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 def parse_json(text: bytes | str, what: str) -> Json:
@@ -192,27 +268,26 @@ def shorten(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _span(name: str, entry: object) -> tuple[str, int, int, np.dtype[Any], tuple[int, ...]]:
+def _span(name: str, entry: object, dtypes: Collection[str]) -> Span:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {shorten(name)}: expected exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise ValueError(f"tensor {shorten(name)} has dtype {shorten(entry['dtype'])}; expected F32 or U8")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        expected = " or ".join(dtypes)
+        raise ValueError(f"tensor {shorten(name)} has dtype {shorten(dtype)}; expected {expected}")
     if not _is_sizes(shape) or len(shape) > _MAX_RANK:
         raise ValueError(f"tensor {shorten(name)} has shape {shorten(shape)}; expected up to 8 whole numbers")
     if not _is_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {shorten(name)} has data_offsets {shorten(offsets)}; expected [begin, end]")
-    n_bytes = dtype.itemsize
-    for size in shape:
-        n_bytes *= size
+    n_bytes = ITEM_BYTES[dtype] * math.prod(shape)
     begin, stop = offsets
     if stop - begin != n_bytes:
-        what = f"{entry['dtype']} {shorten(shape)}"
+        what = f"{dtype} {shorten(shape)}"
         raise ValueError(
             f"tensor {shorten(name)} spans {stop - begin} bytes; {what} needs {shorten(n_bytes)}"
         )
-    return name, begin, stop, dtype, tuple(shape)
+    return Span(name, dtype, tuple(shape), begin, stop)
 
 
 def _is_sizes(value: object) -> bool:
