@@ -25,7 +25,7 @@ LAYERS = [
     {"checkpoint"},
     {"formats", "_core"},
     {"nn", "engine"},
-    {"train", "llm"},
+    {"train", "llm", "conversion"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.

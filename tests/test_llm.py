@@ -158,7 +158,7 @@ def test_a_model_without_tokenizer_takes_token_ids():
 
 
 def test_a_run_folder_is_the_file_packed_from_it(tmp_path):
-    formats.write(tiny.master(), tmp_path / "run")
+    formats.run.write(tiny.master(), tmp_path / "run")
     onebit.convert(tmp_path / "run", tmp_path / "model.onebit")
     logits = [onebit.load(tmp_path / name, threads=1).logits([1, 2, 3]) for name in ("run", "model.onebit")]
     assert np.array_equal(logits[0], logits[1])

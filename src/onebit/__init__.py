@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onebit.checkpoint import Checkpoint
     from onebit.config import ModelConfig
+    from onebit.conversion import convert
     from onebit.engine.sampling import SamplingParams
-    from onebit.formats import convert
     from onebit.llm import LLM, load
     from onebit.train.recipes import Recipe
 
@@ -29,7 +29,7 @@ _HOME = {
     "ModelConfig": "onebit.config",
     "Recipe": "onebit.train.recipes",
     "SamplingParams": "onebit.engine.sampling",
-    "convert": "onebit.formats",
+    "convert": "onebit.conversion",
     "load": "onebit.llm",
 }
 

@@ -359,7 +359,7 @@ def parts(checkpoint: Checkpoint) -> list[Part]:
     """Weights and bytes of each part of a model, those it lacks left out."""
     totals: dict[str, tuple[int, int]] = {}
     for name, tensor in checkpoint.tensors.items():
-        part = _part_name(name, checkpoint.config)
+        part = part_name(name, checkpoint.config)
         n_weights, n_bytes = totals.get(part, (0, 0))
         if isinstance(tensor, PackedTensor):
             n, k = tensor.shape if part != "shortlist" else (0, 0)
@@ -485,7 +485,8 @@ def _bf16(name: str, tensor: Float32) -> UInt16:
     return rows
 
 
-def _part_name(name: str, config: ModelConfig) -> str:
+def part_name(name: str, config: ModelConfig) -> str:
+    """The `Part` that a tensor belongs to."""
     if config.is_linear(name):
         return "linear"
     if name in (SHORTLIST, SHORTLIST_BOUNDS):

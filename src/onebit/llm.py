@@ -8,6 +8,7 @@ Everything below it is joined here: a format, a tokenizer, the compiled model, a
         print(piece.text, end="", flush=True)
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -25,6 +26,7 @@ from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.speculation import Speculation
 from onebit.engine.tokenizer import Tokenizer
+from onebit.formats import cache
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "stories.onebit"
 
@@ -299,7 +301,8 @@ def load(
     """Load a model.
 
     Args:
-        path: a .onebit file or a run folder; None takes the model that ships with onebit.
+        path: a .onebit file or a run folder; a GGUF file, a Hugging Face folder, or owner/name there, which are
+            converted once into ~/.cache/onebit; None takes the model that ships with onebit.
         threads: None takes one for each core.
         kv_cache: number format of keys and values: "bf16", "int8" or "fp8"; see LLM.
         speculation: see LLM.
@@ -310,7 +313,11 @@ def load(
         ValueError: a damaged file, or an unknown kv_cache or shortlist.
         OSError: a file that cannot be read.
     """
-    checkpoint = formats.read(SHIPPED_MODEL if path is None else path)
+    ready, report = (SHIPPED_MODEL, None) if path is None else cache.ready(path)
+    for change in report.losses if report else ():
+        # As many as the engine needs to be changed to run it.
+        warnings.warn(f"{path}: {change.describe()}", UserWarning, stacklevel=2)
+    checkpoint = formats.read(ready)
     return LLM(checkpoint, threads, kv_cache, speculation, shortlist, huge_pages)
 
 

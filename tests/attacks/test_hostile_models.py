@@ -445,7 +445,7 @@ RUN_FILES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 def test_hostile_run_folder_is_refused_in_one_line(name, tmp_path):
     file, build, message = RUN_FILES[name]
     master = tiny.master(tiny.config(n_layers=1), chat_template="{{ x }}")
-    formats.write(
+    formats.run.write(
         Checkpoint(master.config, master.tensors, master.tokenizer, master.chat_template), tmp_path / "run"
     )
     path = tmp_path / "run" / file

@@ -19,8 +19,8 @@ def models(tmp_path_factory):
     """A folder with a packed model, its run folder, and a full-precision twin."""
     folder = tmp_path_factory.mktemp("models")
     formats.write(quantize(tiny.master()), folder / "tiny.onebit")
-    formats.write(tiny.master(), folder / "run")
-    formats.write(tiny.master(tiny.config(weights="dense", activations="none")), folder / "dense")
+    formats.run.write(tiny.master(), folder / "run")
+    formats.run.write(tiny.master(tiny.config(weights="dense", activations="none")), folder / "dense")
     return folder
 
 
@@ -46,7 +46,7 @@ def test_version():
 def test_help_shows_every_verb(args):
     code, out, err = cli(*args)
     assert (code, err) == (0, "")
-    for verb, line in {"run": "Continue a text", "train": "Train", "convert": "Pack", "info": "Show"}.items():
+    for verb, line in {"run": "Continue a text", "train": "Train", "convert": "Convert", "info": "Show"}.items():
         assert any(verb in row and line in row for row in out.splitlines())
 
 

@@ -17,8 +17,8 @@ from onebit.engine.model import available_isas
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    formats.write(tiny.master(), folder / "run")
-    formats.write(tiny.master(tiny.config(weights="dense", activations="none")), folder / "dense")
+    formats.run.write(tiny.master(), folder / "run")
+    formats.run.write(tiny.master(tiny.config(weights="dense", activations="none")), folder / "dense")
     formats.write(quantize(tiny.master()), folder / "tiny.onebit")
     return folder
 
@@ -85,7 +85,7 @@ def test_info_sums_up_the_provenance(tmp_path):
     formats.write(packed, tmp_path / "tiny.onebit")
     code, out, _ = cli(tmp_path, "info", "tiny.onebit")
     assert code == 0
-    shown = list(rows(out[out.index("provenance") :]).items())
+    shown = list(rows(out[out.index("provenance") : out.index("can become")]).items())
     expected = {"recipe": "tiny", "steps": "9", "corpus_sha256": "0123456789abcdef", "by": "[me]"}
     assert shown[2:] == [(name, [value]) for name, value in expected.items()]
 
@@ -117,7 +117,8 @@ def test_convert_writes_the_file_and_reports_on_stderr(folder, tmp_path):
     code, out, err = cli(folder, "convert", "run", str(tmp_path / "out.onebit"))
     assert (code, out) == (0, "")
     assert (tmp_path / "out.onebit").read_bytes() == (folder / "tiny.onebit").read_bytes()
-    assert rows(err)["linear"] == rows(cli(folder, "info", "tiny.onebit")[1])["linear"]
+    weights, bits, _ = rows(cli(folder, "info", "tiny.onebit")[1])["linear"]
+    assert rows(err)["linear"][:4] == [weights, "F32", "t80", bits]
 
 
 def test_convert_changes_the_layout_and_back(folder, tmp_path):

@@ -11,12 +11,12 @@ from onebit.packing import from_bf16, to_bf16
 
 @pytest.fixture
 def folder(tmp_path):
-    formats.write(tiny.master(), tmp_path / "run")
+    formats.run.write(tiny.master(), tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_convert_equals_quantize(folder, tmp_path):
-    converted = formats.convert(folder, tmp_path / "x.onebit")
+    converted = formats.convert(folder, tmp_path / "x.onebit").made
     expected = dequantize(quantize(tiny.master()))
     for packed in (converted, formats.read(tmp_path / "x.onebit"), formats.read(str(tmp_path / "x.onebit"))):
         assert packed.label == "W1.58A8KV16" and packed.tokenizer == tiny.tokenizer_json()
@@ -41,7 +41,7 @@ def test_a_file_is_told_by_its_content(folder, tmp_path):
 
 
 def test_unreadable_places_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing: no such file or folder; expected a .onebit file"):
+    with pytest.raises(FileNotFoundError, match="nothing: no such file or folder; expected a .onebit or GGUF file"):
         formats.read(tmp_path / "nothing")
     with pytest.raises(
         ValueError, match=r"a folder without a model; expected config.json and model.safetensors"
@@ -68,9 +68,9 @@ def test_convert_refuses_before_it_writes(folder, tmp_path):
 @pytest.mark.parametrize(("head", "label"), [(None, "W16A16KV16"), ("q8", "W16A16KV16H8")])
 def test_a_dense_twin_is_packed_as_bfloat16(tied_head, head, label, tmp_path):
     config = tiny.config(weights="dense", activations="none", tied_head=tied_head, qkv_bias=True)
-    formats.write(tiny.master(config), tmp_path / "twin")
+    formats.run.write(tiny.master(config), tmp_path / "twin")
     assert formats.read(tmp_path / "twin").label == "W16A16KV16"
-    packed = formats.convert(tmp_path / "twin", tmp_path / "x.onebit", head=head)
+    packed = formats.convert(tmp_path / "twin", tmp_path / "x.onebit", head=head).made
     again = formats.read(tmp_path / "x.onebit")
     assert packed.label == again.label == label
     for name, tensor in again.tensors.items():

@@ -1,39 +1,89 @@
-"""`onebit convert`: pack a trained model into one file."""
+"""`onebit convert`: from any format to any other, with a report."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from onebit.formats import Report
+
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="A run folder or a .onebit file.")],
-    dst: Annotated[Path, typer.Argument(help="The .onebit file to write.")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="A .onebit or GGUF file, a run folder, a Hugging Face folder, or owner/name there."
+        ),
+    ],
+    dst: Annotated[
+        Path,
+        typer.Argument(help="What to write: NAME.onebit, NAME.gguf, or the folder of a Hugging Face model."),
+    ],
     encoding: Annotated[
         str | None,
         typer.Option(
-            help="Layout of the linear layers; default: t80 for b1.58, b128 for b1, and a .onebit file keeps its own. "
-            "r64 is the simplest for b1.58.",
+            help="How linear layers are stored. .onebit: t80, r64, b128, bf16. GGUF: TQ2_0, TQ1_0, I2_S, Q2_0, Q1_0, "
+            "BF16, F16, F32. Folder: packed, dense. Default: the first that fits; a .onebit file keeps its own.",
         ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
-            help="How the head is kept, and an embedding tied to it: q8 (default), int8 rows, or bf16, for fidelity."
+            help="Of a .onebit file: how head and embedding are kept: q8, int8 rows (default for models trained here), "
+            "or bf16 (default for others)."
         ),
     ] = None,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Write also what changes values of the model.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run source and result, and compare logits and greedy text.")
+    ] = False,
 ) -> None:
-    """Pack a trained model into one .onebit file.
+    """Convert a model from any format to any other, and prove what became of it.
 
     Example: onebit convert runs/stories stories.onebit
+
+    Example: onebit convert model.gguf model.onebit --verify
     """
     from rich.console import Console
 
-    from onebit import formats
-    from onebit.cli.info import parts_table
+    from onebit.cli.bar import bar
+    from onebit.conversion import convert as run
 
-    packed = formats.convert(src, dst, encoding, head)
+    with bar() as progress:
+        report, distance = run(src, dst, encoding, head, allow_lossy, verify, progress)
     console = Console(file=sys.stderr)
-    console.print(parts_table(packed))
-    console.print(f"{dst}: {packed.label}, {dst.stat().st_size:,} bytes", highlight=False, markup=False)
+    console.print(changes_table(report))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    if distance:
+        console.print(f"verified: {distance.describe()}", highlight=False, markup=False)
+    size = sum(file.stat().st_size for file in ([dst] if dst.is_file() else dst.iterdir()))
+    before, after = report.source.label, report.made.label
+    labels = after if before == after else f"{before} becomes {after}"
+    console.print(f"{dst}: {labels}, {size:,} bytes", highlight=False, markup=False)
+
+
+def changes_table(report: "Report") -> "Table":
+    """What each part was, what it is, and how much of it changed."""
+    from onebit.checkpoint import parts
+    from onebit.cli.info import new_table
+
+    sizes = {part.name: part for part in parts(report.made)}
+    table = new_table("part", "weights", "was", "is", "bits per weight", "values that differ", "scale")
+    for change in report.changes:
+        differs, ratio = "none", "same"
+        if change.n_changed:
+            why = " (as it was trained)" if change.by_definition else ""
+            differs = (
+                f"{change.n_changed / change.n_weights:.1%}, up to {change.worst:.2g} of the largest{why}"
+            )
+            ratio = "x {:.6g} to {:.6g}".format(*change.scale_ratio)
+        bits = f"{sizes[change.part].bits_per_weight:.2f}" if change.part in sizes else ""
+        table.add_row(change.part, f"{change.n_weights:,}", change.source, change.made, bits, differs, ratio)
+    return table

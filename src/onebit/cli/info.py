@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 
 def info(
     model: Annotated[
-        Path | None,
-        typer.Argument(help="A .onebit file or run folder; default: the shipped model.", show_default=False),
+        str | None,
+        typer.Argument(
+            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
+            "default: the shipped model.",
+            show_default=False,
+        ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte against the file's hashes.")
+        bool, typer.Option("--verify", help="Check every byte of a .onebit file against its hashes.")
     ] = False,
 ) -> None:
-    """Show what this machine offers and what is in a model.
+    """Show what this machine offers, what is in a model, and what it can become.
 
     Example: onebit info stories.onebit --verify
+
+    Example: onebit info model.gguf
     """
     from rich.console import Console
 
@@ -32,21 +38,26 @@ def info(
     from onebit.checkpoint import quantize
     from onebit.llm import SHIPPED_MODEL
 
-    path = SHIPPED_MODEL if model is None else model
+    path = SHIPPED_MODEL if model is None else formats.locate(model)
     checkpoint = formats.read(path)
+    is_native = formats.is_native(path)
     if verify:
-        if path.is_dir():
-            raise ValueError(f"{path}: is a run folder; only .onebit files carry hashes to verify")
+        if path.is_dir() or not is_native:
+            kind = "a run folder" if is_native else "of another format"
+            raise ValueError(f"{path}: is {kind}; only .onebit files carry hashes to verify")
         formats.native.verify(path)
-    # A run folder is shown as the engine packs it.
-    checkpoint = quantize(checkpoint)
     console = Console()
     console.print(_machine_table())
+    if is_native:
+        # A run folder is shown as the engine packs it.
+        checkpoint = quantize(checkpoint)
     console.print(_model_table(path, checkpoint))
     console.print(parts_table(checkpoint))
-    console.print(_memory_table(path, checkpoint))
+    if is_native:
+        console.print(_memory_table(path, checkpoint))
     if checkpoint.provenance:
         console.print(_provenance_table(checkpoint))
+    console.print(_ways_out(checkpoint))
     if verify:
         console.print("verified: every byte is as it was written")
 
@@ -60,7 +71,7 @@ def parts_table(checkpoint: "Checkpoint") -> "Table":
     total = Part(
         "all weights", sum(part.n_weights for part in weights), sum(part.n_bytes for part in weights)
     )
-    table = _table("part", "weights", "bits per weight", "bytes")
+    table = new_table("part", "weights", "bits per weight", "bytes")
     for part in [*weights, total, *(part for part in found if not part.n_weights)]:
         numbers = (f"{part.n_weights:,}", f"{part.bits_per_weight:.2f}") if part.n_weights else ("", "")
         table.add_row(part.name, *numbers, f"{part.n_bytes:,}")
@@ -70,7 +81,7 @@ def parts_table(checkpoint: "Checkpoint") -> "Table":
 def _machine_table() -> "Table":
     from onebit.engine.model import available_isas, broken_isas, choose_isa, choose_threads
 
-    table = _table("machine", "")
+    table = new_table("machine", "")
     table.add_row("kernels present", ", ".join(available_isas()))
     broken = broken_isas()
     table.add_row("self-test", f"failed, and not used: {', '.join(broken)}" if broken else "passed by all")
@@ -80,12 +91,22 @@ def _machine_table() -> "Table":
 
 
 def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
-    from onebit.checkpoint import code_histogram
-    from onebit.packing import PackedTensor
+    from onebit.checkpoint import code_histogram, label, plan
+    from onebit.formats.compare import kind_of
+    from onebit.formats.families import family
 
     config = checkpoint.config
-    table = _table("model", str(path))
-    table.add_row("label", checkpoint.label)
+    table = new_table("model", str(path))
+    source = checkpoint.provenance.get("source")
+    if isinstance(source, dict) and not checkpoint.is_packed:
+        for name, value in source.items():
+            table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+    if not checkpoint.is_packed:
+        planned = plan(checkpoint)
+        table.add_row("family", family(config))
+        table.add_row("label, as it runs", label(planned.config, planned.head))
+    else:
+        table.add_row("label", checkpoint.label)
     table.add_row("layers", f"{config.n_layers} of width {config.d_model}")
     table.add_row("feed-forward", f"width {config.d_ff}, {config.activation}")
     table.add_row(
@@ -93,18 +114,41 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     )
     table.add_row("vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tied_head else 'own'} head")
     table.add_row("context", f"{config.max_seq_len:,} tokens")
-    encodings = {
-        tensor.encoding
-        for name, tensor in checkpoint.tensors.items()
-        if isinstance(tensor, PackedTensor) and config.is_linear(name)
-    }
-    table.add_row("encoding", ", ".join(sorted(encodings)))
-    heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
-    table.add_row("head", heads[checkpoint.head or "q8"])
+    linear = [(name, tensor) for name, tensor in checkpoint.tensors.items() if config.is_linear(name)]
+    table.add_row("encoding", ", ".join(sorted({kind_of(tensor) for _, tensor in linear})))
+    if checkpoint.is_packed:
+        heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
+        table.add_row("head", heads.get(checkpoint.head or "", f"weight codes, {checkpoint.head}"))
     if config.weights != "dense":
+        table.add_row("scales", _scales(checkpoint))
+    if config.weights != "dense" and checkpoint.is_packed:
         shares = code_histogram(checkpoint)
         table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
+    table.add_row("tokenizer", "yes" if checkpoint.tokenizer else "no: token ids only")
     table.add_row("chat template", "yes" if checkpoint.chat_template else "no")
+    return table
+
+
+def _scales(checkpoint: "Checkpoint") -> str:
+    """Granularity of the scales, and the values of the first layer, as multipliers."""
+    from onebit.checkpoint import codes
+
+    config = checkpoint.config
+    each = {"tensor": "one for each matrix", "row": "one for each row"}
+    granularity = each.get(str(config.scale), f"one for every {config.scale} inputs of a row")
+    first = [name for name in checkpoint.tensors if name.startswith("layers.0.") and config.is_linear(name)]
+    values = [codes(name, checkpoint.tensors[name], config)[1] for name in first]
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    return f"{granularity}, multipliers; {low:.4g} to {high:.4g} in layer 0"
+
+
+def _ways_out(checkpoint: "Checkpoint") -> "Table":
+    """The formats of others that a model can be converted to, or why it cannot."""
+    from onebit import formats
+
+    table = new_table("can become", "")
+    for name, reason in formats.refusals(checkpoint).items():
+        table.add_row(name, "yes" if reason is None else f"no: {reason}")
     return table
 
 
@@ -116,7 +160,7 @@ def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     # A run folder is shown as the engine packs it.
     size = sum(part.n_bytes for part in parts(checkpoint)) if path.is_dir() else path.stat().st_size
     read, available = token_bytes(checkpoint), memory.available_bytes()
-    table = _table("memory", "")
+    table = new_table("memory", "")
     table.add_row("file", f"{size:,} bytes, mapped: pages that are not used may leave memory")
     table.add_row("read by each token", f"{read:,} bytes of weights")
     for kv_cache in memory.KV_FORMATS:
@@ -130,7 +174,7 @@ def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
 def _provenance_table(checkpoint: "Checkpoint") -> "Table":
     from rich.markup import escape
 
-    table = _table("provenance", "")
+    table = new_table("provenance", "")
     for name, value in _summary(checkpoint.provenance):
         table.add_row(escape(name), escape(value))
     return table
@@ -149,7 +193,8 @@ def _summary(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, text[:16] if name == "corpus_sha256" else text
 
 
-def _table(*columns: str) -> "Table":
+def new_table(*columns: str) -> "Table":
+    """A table without rows; the first column to the left, further ones to the right where there are more than two."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -19,8 +19,13 @@ def run(
         typer.Argument(help="Start of the text; read from stdin when that is a pipe.", show_default=False),
     ] = None,
     model: Annotated[
-        Path | None,
-        typer.Option("--model", "-m", help="A .onebit file or run folder; default: the shipped model."),
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
+            "default: the shipped model.",
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.8,
@@ -73,7 +78,8 @@ def run(
 
     from onebit.llm import load
 
-    llm = load(model, threads, kv_cache, speculation, shortlist, huge_pages)
+    ready = None if model is None else _ready(model)
+    llm = load(ready, threads, kv_cache, speculation, shortlist, huge_pages)
     if is_chat:
         _chat(llm, params)
         return
@@ -84,6 +90,26 @@ def run(
     _, ended = _stream(llm, prompt, params)
     if not ended:
         raise typer.Exit(130)
+
+
+def _ready(model: str) -> Path:
+    """A model that runs as it is; one of another format is converted the first time."""
+    from onebit import formats
+
+    path = formats.locate(model)
+    if formats.is_native(path):
+        return path
+
+    from onebit.cli.bar import bar
+    from onebit.formats import cache
+
+    with bar() as progress:
+        path, report = cache.ready(path, progress)
+    if report:
+        print(f"onebit: {model}: converted once, {report.made.label}, kept as {path}", file=sys.stderr)
+        for change in report.losses:
+            print(f"onebit: {change.describe()}", file=sys.stderr)
+    return path
 
 
 def _stream(llm: "LLM", prompt: "Prompt", params: "SamplingParams") -> tuple[str, bool]:

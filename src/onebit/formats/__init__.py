@@ -1,50 +1,155 @@
 """Models on disk: read any known format, write it, convert between them.
 
-    read("stories.onebit"), read("runs/stories")        # -> Checkpoint
-    convert("runs/stories", "stories.onebit")           # quantise and pack
+    read("stories.onebit"), read("runs/stories"), read("model.gguf"), read("owner/name")    # -> Checkpoint
+    convert("model.gguf", "model.onebit")                                                   # -> Report
 
-Every format is a module with read(path) -> Checkpoint and write(checkpoint, path).
+Every format is a module with read(path) -> Checkpoint and write(checkpoint, path, ...).
 """
 
 import os
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from onebit.checkpoint import Checkpoint
-from onebit.formats import native, run
+from onebit.checkpoint import Checkpoint, Stored, codes, rows
+from onebit.formats import gguf, hf, hub, llama2c, native, run
+from onebit.formats.compare import Change, compare, holds_codes, kind_of
+from onebit.packing import Float32, Int8
 
 SUFFIX = ".onebit"
+GGUF_SUFFIX = ".gguf"
+
+# Of what is being done, and how much of it is done, from 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+class Report(NamedTuple):
+    """What a conversion did.
+
+    Args:
+        source: what was read.
+        made: what was written, read again.
+        changes: what became of each part.
+        notes: fields of the config and other things that differ, in words.
+    """
+
+    source: Checkpoint
+    made: Checkpoint
+    changes: list[Change]
+    notes: list[str]
+
+    @property
+    def losses(self) -> list[Change]:
+        """Parts that lost values."""
+        return [change for change in self.changes if change.is_lossy]
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a model: a .onebit file, told by its content, or a run folder.
+    """Read a model, told by its content.
+
+    Args:
+        path: a .onebit or GGUF file, a checkpoint of llama2.c, a run folder, a folder of Hugging Face, or the name of a
+            model there, which is downloaded: "owner/name", "owner/name@revision", "owner/name:file.gguf".
 
     Raises:
         ValueError: an unknown, damaged or unsupported file; the message says what was found and what to do.
         OSError: nothing is there, or it cannot be opened.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a .onebit file or a run folder")
+    path = locate(path)
     if path.is_dir():
-        if not run.is_run(path):
-            raise ValueError(f"{path}: a folder without a model; expected {run.CONFIG} and {run.MODEL} in it")
-        return run.read(path)
+        if run.is_run(path):
+            return run.read(path)
+        return hf.read(path)
     if not path.is_file():
-        raise ValueError(f"{path}: neither a file nor a folder; expected a .onebit file or a run folder")
+        raise ValueError(f"{path}: neither a file nor a folder; expected a model")
+    if gguf.is_model(path):
+        return gguf.read(path)
+    if llama2c.is_model(path):
+        return llama2c.read(path)
     return native.read(path)
 
 
-def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write a model: to a .onebit file by that suffix, else to a run folder. Replaces what is there.
+def locate(path: str | os.PathLike[str]) -> Path:
+    """Where a model lies on this machine; one that is named by its place at Hugging Face is downloaded.
 
     Raises:
-        ValueError: a float32 master for a .onebit file, or a packed model for a run folder.
+        ValueError: see `hub.download`.
+        OSError: nothing is there.
+    """
+    if Path(path).exists():
+        return Path(path)
+    if hub.is_hub_id(os.fspath(path)):
+        return hub.download(os.fspath(path))
+    raise FileNotFoundError(
+        f"{path}: no such file or folder; expected a .onebit or GGUF file, a folder with a model, or owner/name"
+    )
+
+
+def is_native(path: Path) -> bool:
+    """Whether a model on this machine is one of ours, which runs as it is: a .onebit file or a run folder."""
+    if path.is_dir():
+        return run.is_run(path)
+    return not (gguf.is_model(path) or llama2c.is_model(path))
+
+
+def write(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    encoding: str | None = None,
+    head: str | None = None,
+) -> None:
+    """Write a model in the format that the name asks for: .onebit, .gguf, or without a suffix a Hugging Face folder.
+
+    Args:
+        checkpoint: the model.
+        path: what to make or to replace.
+        encoding: how the linear layers are stored; `encodings` lists the names. None takes the first that fits.
+        head: for a .onebit file, "q8" or "bf16"; see `onebit.checkpoint.quantize`.
+
+    Raises:
+        ValueError: another suffix, or an encoding or head that does not fit the format or the model.
         OSError: the folder is missing, the disk is full, ...
     """
-    if Path(path).suffix == SUFFIX:
-        native.write(checkpoint, path)
-    else:
-        run.write(checkpoint, path)
+    path = Path(path)
+    names = encodings(path)
+    if encoding is not None and encoding not in names:
+        raise ValueError(f"encoding {encoding!r}: a {_format_name(path)} has {', '.join(names)}")
+    if path.suffix == SUFFIX:
+        return native.write(checkpoint, path, encoding, head)
+    if head is not None:
+        raise ValueError(f"head {head!r}: only a .onebit file has a choice of heads")
+    module = gguf if path.suffix == GGUF_SUFFIX else hf
+    if encoding is None:
+        reasons = {name: module.refusal(checkpoint, name) for name in names}
+        encoding = next((name for name, reason in reasons.items() if reason is None), names[0])
+    module.write(checkpoint, path, encoding)
+
+
+def encodings(path: Path) -> tuple[str, ...]:
+    """Names of the ways in which the format of a file name stores linear layers.
+
+    Raises:
+        ValueError: a suffix without a format.
+    """
+    if path.suffix == SUFFIX:
+        return native.ENCODINGS
+    if path.suffix == GGUF_SUFFIX:
+        return gguf.KINDS
+    if path.suffix in ("", path.name):
+        return hf.KINDS
+    raise ValueError(
+        f"{path}: nothing is written to a {path.suffix} file; expected {SUFFIX}, {GGUF_SUFFIX}, or a folder's name"
+    )
+
+
+def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Why a model cannot be written in each format and encoding of others; None where it can."""
+    found = {f"GGUF {kind}": gguf.refusal(checkpoint, kind) for kind in gguf.KINDS}
+    return found | {f"Hugging Face {kind}": hf.refusal(checkpoint, kind) for kind in hf.KINDS}
 
 
 def convert(
@@ -52,24 +157,127 @@ def convert(
     dst: str | os.PathLike[str],
     encoding: str | None = None,
     head: str | None = None,
-) -> Checkpoint:
-    """Quantise a run folder, or lay out a .onebit file anew, and write the result as a .onebit file.
+    allow_lossy: bool = False,
+    progress: Progress = lambda what, share: None,
+) -> Report:
+    """Convert a model, one tensor after the other, and prove it: the result is read again and compared with the source.
 
     Args:
-        src: a run folder or a .onebit file.
-        dst: the .onebit file to make or to replace.
-        encoding: layout of the linear layers; None takes the smallest, or keeps that of a .onebit file.
-        head: "q8", int8 rows, or "bf16"; None takes int8 rows, or keeps those of a .onebit file.
+        src: see `read`.
+        dst: what to make or to replace; its suffix is the format, see `write`.
+        encoding: how the linear layers are stored; None takes the first that fits, or keeps that of a .onebit file.
+        head: for a .onebit file, "q8" or "bf16".
+        allow_lossy: write also what changes values of the model. Rounding a master the way it was trained to be
+            rounded is no loss.
+        progress: called now and then.
 
     Returns:
-        The packed model; `onebit.checkpoint.parts` has its sizes.
+        What became of each part.
 
     Raises:
-        ValueError: an unreadable source, another suffix, or an encoding or head that does not fit.
+        ValueError: an unreadable source, an encoding or head that does not fit, or losses that were not allowed;
+            nothing is written then.
         OSError: a file cannot be read or written.
     """
     dst = Path(dst)
-    if dst.suffix != SUFFIX:
-        raise ValueError(f"{dst}: expected a file name that ends in {SUFFIX}")
-    native.write(read(src), dst, encoding, head)
-    return native.read(dst)
+    encodings(dst)
+    if not dst.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; make it first")
+    source = read(src)
+    # Its name keeps the suffix, which is the format.
+    unfinished = dst.with_name(f".{secrets.token_hex(4)}.{dst.name}")
+    try:
+        write(_tracked(source, dst.suffix == SUFFIX, progress), unfinished, encoding, head)
+        made = read(unfinished)
+        changes = compare(source, made, _share(source, "comparing", progress))
+        report = Report(source, made, changes, _notes(source, made))
+        if report.losses and not allow_lossy:
+            lost = "; ".join(change.describe() for change in report.losses)
+            raise ValueError(
+                f"{dst} is not written, it would not be the same model: {lost} (--allow-lossy writes it)"
+            )
+        _replace(unfinished, dst)
+    finally:
+        _remove(unfinished)
+    return report._replace(made=read(dst))
+
+
+def _tracked(source: Checkpoint, to_native: bool, progress: Progress) -> Checkpoint:
+    """A checkpoint that tells how much of it has been read."""
+    report = _share(source, "writing", progress)
+    tensors = dict(source.tensors)
+    for name in source.config.tensor_shapes():
+        tensor = tensors[name]
+        # Packed layouts are copied as they are into a file of ours.
+        if to_native and not isinstance(tensor, Stored):
+            continue
+
+        def read_rows(begin: int, end: int, name: str = name) -> Float32:
+            found = rows(name, source.tensors[name], begin, end)
+            report(found.size)
+            return found
+
+        def read_codes(name: str = name) -> tuple[Int8, Float32]:
+            found = codes(name, source.tensors[name], source.config)
+            report(found[0].size)
+            return found
+
+        kind = {"bf16": "BF16"}.get(kind_of(tensor), kind_of(tensor))
+        size = tensor.n_bytes if isinstance(tensor, Stored) else 0
+        coded = read_codes if holds_codes(tensor) else None
+        tensors[name] = Stored(tensor.shape, kind, size, read_rows, coded)
+    if not to_native:
+        tensors = {name: tensors[name] for name in source.config.tensor_shapes()}
+    return replace(source, tensors=tensors)
+
+
+def _share(source: Checkpoint, what: str, progress: Progress) -> Callable[[int], None]:
+    total = sum(_n_weights(shape) for shape in source.config.tensor_shapes().values())
+    done = 0
+
+    def add(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(what, min(done / total, 1.0))
+
+    return add
+
+
+def _n_weights(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) == 2 else 1)
+
+
+def _notes(source: Checkpoint, made: Checkpoint) -> list[str]:
+    """What differs besides weights."""
+    notes = []
+    for field in fields(source.config):
+        before, after = getattr(source.config, field.name), getattr(made.config, field.name)
+        if before != after:
+            notes.append(f"{field.name}: {before} becomes {after}")
+    if source.tokenizer is not None and made.tokenizer is None:
+        notes.append("the tokenizer is left out")
+    if source.chat_template is not None and made.chat_template != source.chat_template:
+        notes.append(
+            "the chat template is left out" if made.chat_template is None else "the chat template differs"
+        )
+    return notes
+
+
+def _replace(unfinished: Path, dst: Path) -> None:
+    if not unfinished.is_dir():
+        os.replace(unfinished, dst)
+        return
+    # A folder cannot replace another one in one step.
+    hf.replace_folder(unfinished, dst)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _format_name(path: Path) -> str:
+    return {SUFFIX: ".onebit file", GGUF_SUFFIX: "GGUF file"}.get(path.suffix, "Hugging Face folder")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from onebit import __version__
 from onebit.checkpoint import (
+    LINEAR_ENCODINGS,
     Checkpoint,
     Plan,
     Tensor,
@@ -38,6 +39,8 @@ from onebit.packing import TILE_ROWS, PackedTensor, packed_shape
 
 FORMAT = "onebit"
 VERSION = 1
+# Of linear layers.
+ENCODINGS = tuple(encoding for encodings in LINEAR_ENCODINGS.values() for encoding in encodings)
 
 _TOKENIZER = "tokenizer.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
