@@ -46,7 +46,12 @@ def test_version():
 def test_help_shows_every_verb(args):
     code, out, err = cli(*args)
     assert (code, err) == (0, "")
-    for verb, line in {"run": "Continue a text", "train": "Train", "convert": "Convert", "info": "Show"}.items():
+    for verb, line in {
+        "run": "Continue a text",
+        "train": "Train",
+        "convert": "Convert",
+        "info": "Show",
+    }.items():
         assert any(verb in row and line in row for row in out.splitlines())
 
 

@@ -117,8 +117,8 @@ def test_convert_writes_the_file_and_reports_on_stderr(folder, tmp_path):
     code, out, err = cli(folder, "convert", "run", str(tmp_path / "out.onebit"))
     assert (code, out) == (0, "")
     assert (tmp_path / "out.onebit").read_bytes() == (folder / "tiny.onebit").read_bytes()
-    weights, bits, _ = rows(cli(folder, "info", "tiny.onebit")[1])["linear"]
-    assert rows(err)["linear"][:4] == [weights, "F32", "t80", bits]
+    _, bits, _ = rows(cli(folder, "info", "tiny.onebit")[1])["linear"]
+    assert rows(err)["linear"][1:5] == ["F32", "t80", bits, "as trained"]
 
 
 def test_convert_changes_the_layout_and_back(folder, tmp_path):

@@ -41,7 +41,9 @@ def test_a_file_is_told_by_its_content(folder, tmp_path):
 
 
 def test_unreadable_places_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing: no such file or folder; expected a .onebit or GGUF file"):
+    with pytest.raises(
+        FileNotFoundError, match="nothing: no such file or folder; expected a .onebit or GGUF file"
+    ):
         formats.read(tmp_path / "nothing")
     with pytest.raises(
         ValueError, match=r"a folder without a model; expected config.json and model.safetensors"

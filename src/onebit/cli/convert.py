@@ -75,15 +75,17 @@ def changes_table(report: "Report") -> "Table":
     from onebit.cli.info import new_table
 
     sizes = {part.name: part for part in parts(report.made)}
-    table = new_table("part", "weights", "was", "is", "bits per weight", "values that differ", "scale")
+    table = new_table("part", "weights", "was", "is", "bits", "differ", "by up to", "scale")
     for change in report.changes:
-        differs, ratio = "none", "same"
-        if change.n_changed:
-            why = " (as it was trained)" if change.by_definition else ""
-            differs = (
-                f"{change.n_changed / change.n_weights:.1%}, up to {change.worst:.2g} of the largest{why}"
-            )
-            ratio = "x {:.6g} to {:.6g}".format(*change.scale_ratio)
+        differ, worst, ratio = "none", "", ""
+        if change.by_definition and change.source != change.made:
+            # Only the model's own rounding, which is what it was trained for.
+            differ = "as trained"
+        elif change.n_changed:
+            codes = f", {change.n_codes:,} codes" if change.n_codes else ""
+            differ, worst = f"{change.n_changed / change.n_weights:.1%}{codes}", f"{change.worst:.2g}"
+            ratio = "{:.4g}-{:.4g}".format(*change.scale_ratio)
         bits = f"{sizes[change.part].bits_per_weight:.2f}" if change.part in sizes else ""
-        table.add_row(change.part, f"{change.n_weights:,}", change.source, change.made, bits, differs, ratio)
+        weights = f"{change.n_weights / 1e6:,.2f} M"
+        table.add_row(change.part, weights, change.source, change.made, bits, differ, worst, ratio)
     return table

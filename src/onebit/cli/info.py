@@ -55,7 +55,7 @@ def info(
     console.print(parts_table(checkpoint))
     if is_native:
         console.print(_memory_table(path, checkpoint))
-    if checkpoint.provenance:
+    if any(_summary(checkpoint.provenance)):
         console.print(_provenance_table(checkpoint))
     console.print(_ways_out(checkpoint))
     if verify:
