@@ -64,7 +64,9 @@ def _key(path: Path, progress: formats.Progress) -> str:
     """A hash of all that the conversion of a model depends on."""
     total = hashlib.sha256(_GENERATION.encode())
     for file in _files(path):
-        total.update(f"{file.name}\0{_content(file, progress)}\0".encode())
+        # A model that is one file may have any name.
+        name = file.name if file != path else ""
+        total.update(f"{name}\0{_content(file, progress)}\0".encode())
     return total.hexdigest()
 
 

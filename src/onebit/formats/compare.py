@@ -123,7 +123,7 @@ def _is_by_definition(name: str, before: Tensor, config: ModelConfig, made: Chec
     if config.is_linear(name) and config.weights != "dense":
         return not holds_codes(before)
     # A master of ours was trained to be packed.
-    return isinstance(before, np.ndarray) and made.is_packed
+    return isinstance(before, np.ndarray) and made.is_packed and made.config.weights == config.weights
 
 
 def _compare(

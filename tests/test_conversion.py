@@ -1,0 +1,85 @@
+"""Conversions, proven by running both models. Kinds: invariant (a copy answers the same), exact (losses are seen)."""
+
+from dataclasses import replace
+
+import pytest
+
+import tiny
+from onebit import convert, formats
+from onebit.checkpoint import quantize
+from onebit.conversion import distance
+
+
+@pytest.fixture
+def folder(tmp_path):
+    formats.run.write(tiny.master(), tmp_path / "run")
+    return tmp_path
+
+
+def test_a_faithful_conversion_has_no_distance(folder):
+    seen = []
+    report, found = convert(
+        folder / "run",
+        folder / "x.onebit",
+        verify=True,
+        progress=lambda what, share: seen.append((what, share)),
+    )
+    assert found and (found.kl, found.largest, found.top1) == (0, 0, 1) and found.n_same == found.n_greedy > 8
+    assert "bit for bit" in found.describe() and not report.losses
+    assert {what for what, _ in seen} == {"comparing", "verifying"}
+    assert convert(folder / "run", folder / "y.onebit").distance is None
+
+
+def test_another_model_is_far_away():
+    packed = quantize(tiny.master())
+    found = distance(packed, quantize(tiny.master(seed=1)))
+    assert found.kl > 0.1 and found.top1 < 0.5 and found.n_same < found.n_greedy
+    assert f"{found.n_same} of {found.n_greedy} greedy tokens are the same" in found.describe()
+    # The divergence of what the engine itself says.
+    same = distance(packed, packed)
+    assert same.perplexity[0] == same.perplexity[1] == pytest.approx(found.perplexity[0])
+
+
+def test_a_model_without_tokenizer_is_probed_with_token_ids():
+    packed = replace(quantize(tiny.master()), tokenizer=None)
+    found = distance(packed, packed)
+    assert found.largest == 0 and found.n_tokens == tiny.CONFIG.max_seq_len // 2
+
+
+def test_a_loss_must_be_allowed(folder):
+    twin = tiny.master(tiny.config(weights="dense", activations="none"))
+    formats.write(quantize(twin), folder / "twin.onebit")
+    with pytest.raises(ValueError, match="cannot hold dense weights"):
+        convert(folder / "twin.onebit", folder / "x.onebit", "t80")
+    formats.run.write(twin, folder / "twin")
+    with pytest.raises(ValueError, match=r"is not written.*linear, F32 to t80: .*--allow-lossy"):
+        convert(folder / "twin", folder / "x.onebit", "t80")
+    assert not (folder / "x.onebit").exists() and not list(folder.glob(".*"))
+    report, found = convert(folder / "twin", folder / "x.onebit", "t80", allow_lossy=True, verify=True)
+    assert [change.part for change in report.losses] == ["linear"]
+    assert "weights: dense becomes b1.58" in report.notes and report.made.label == "W1.58A8KV16H16"
+    assert found.kl > 0
+
+
+def test_a_file_that_replaces_its_source_cannot_be_compared(folder):
+    convert(folder / "run", folder / "x.onebit")
+    before = (folder / "x.onebit").read_bytes()
+    with pytest.raises(ValueError, match="choose another name"):
+        convert(folder / "x.onebit", folder / "x.onebit", "r64", verify=True)
+    assert (folder / "x.onebit").read_bytes() == before
+
+
+def test_a_source_that_breaks_half_way_leaves_nothing(folder, monkeypatch):
+
+    def fail(name, *rest):
+        if name.startswith("layers.1"):
+            raise ValueError("the file ends here")
+        return check(name, *rest)
+
+    from onebit.formats import native
+
+    check = native.check_tensor
+    monkeypatch.setattr(native, "check_tensor", fail)
+    with pytest.raises(ValueError, match="ends here"):
+        convert(folder / "run", folder / "x.onebit")
+    assert sorted(path.name for path in folder.iterdir()) == ["run"]
