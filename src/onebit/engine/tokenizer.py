@@ -6,8 +6,10 @@ Knows nothing of models or requests.
     tokenizer.decode(tokenizer.encode("Once upon a time"))
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -101,6 +103,9 @@ class Tokenizer:
             text = self._template.render(
                 messages=list(messages),
                 add_generation_prompt=True,
+                # Asked for by templates that know them, as nothing.
+                tools=None,
+                documents=None,
                 bos_token=self._written(self.bos_token),
                 eos_token=self._written(self.eos_token),
             )
@@ -117,10 +122,18 @@ class Tokenizer:
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
+        def strftime_now(format: str) -> str:
+            return datetime.now().strftime(format)
+
+        def tojson(value: Any, indent: int | None = None, **rest: Any) -> str:
+            # jinja's own would escape what HTML needs escaped.
+            return json.dumps(value, ensure_ascii=False, indent=indent, **rest)
+
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.globals["raise_exception"] = raise_exception
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        environment.filters["tojson"] = tojson
         return environment.from_string(self.chat_template or "")
 
     def _encode(self, text: str) -> list[int]:
