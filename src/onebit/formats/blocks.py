@@ -159,25 +159,36 @@ def split(data: UInt8, block: Block, first: int = 0) -> tuple[Int8, Float32]:
     Raises:
         ValueError: the digit 3, which no ternary type has.
     """
-    name = block.name
+    name, scale = block.name, scales(data, block)
     if name == "TQ1_0":
-        return _trits(data[:, :52]), _half(data, 52)[:, 0]
+        return _trits(data[:, :52]), scale
+    if name == "Q1_0":
+        return (2 * _planes(data[:, 2:], 1, 1)).view(np.int8) - np.int8(1), scale
     if name == "TQ2_0":
-        digits, scale = _planes(data[:, :64], 32, 2), _half(data, 64)[:, 0]
+        digits = _planes(data[:, :64], 32, 2)
     elif name == "I2_S":
         # The first of four in the upper bits: the planes come in reverse.
-        planes = _planes(data, 32, 2).reshape(-1, 4, 32)
-        digits, scale = planes[:, ::-1].reshape(-1, 128), np.ones(len(data), np.float32)
-    elif name == "Q1_0":
-        return (2 * _planes(data[:, 2:], 1, 1)).view(np.int8) - np.int8(1), _half(data, 0)[:, 0]
+        digits = _planes(data, 32, 2).reshape(-1, 4, 32)[:, ::-1].reshape(-1, 128)
     else:
-        digits, scale = _planes(data[:, 2:], 1, 2), _half(data, 0)[:, 0]
+        digits = _planes(data[:, 2:], 1, 2)
     if (digits == 3).any():
         i = first * block.weights + int((digits.reshape(-1) == 3).argmax())
         raise ValueError(
             f"weight {i} has the code 3; {name} has 0, 1 and 2: the file is damaged or no {name}"
         )
     return digits.view(np.int8) - np.int8(1), scale
+
+
+def scales(data: UInt8, block: Block) -> Float32:
+    """Scales of blocks, as `split` gives them.
+
+    Args:
+        data: uint8 [blocks, n_bytes], contiguous.
+        block: the type, one of `SCHEMES`.
+    """
+    if block.name == "I2_S":
+        return np.ones(len(data), np.float32)
+    return _half(data, {"TQ1_0": 52, "TQ2_0": 64}.get(block.name, 0))[:, 0]
 
 
 def join(codes: Int8, scale: Float32, block: Block) -> UInt8:
@@ -202,7 +213,6 @@ def join(codes: Int8, scale: Float32, block: Block) -> UInt8:
     if not (np.isfinite(d) & (d > 0)).all():
         i = int((~(np.isfinite(d) & (d > 0))).argmax())
         raise ValueError(f"the scale {scale[i]:g} is outside of float16, in which {block.name} keeps it")
-    # TQ1_0 and TQ2_0 have it behind the codes.
     halves = d.view(np.uint8).reshape(-1, 2)
     if block.name == "TQ1_0":
         return np.concatenate([_from_trits(digits), halves], axis=1)
