@@ -39,6 +39,7 @@ OWNERS = {
     "jinja2": {"engine"},
     "typer": {"cli"},
     "rich": {"cli", "train"},
+    "huggingface_hub": {"formats"},
 }
 
 MAX_LINES = 700

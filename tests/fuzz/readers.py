@@ -103,7 +103,14 @@ def seeds(name: str, folder: Path) -> None:
     from onebit.checkpoint import quantize
     from onebit.formats import gguf, hf, native
 
-    plain = {"sub_norm": False, "activation": "silu", "n_layers": 1, "d_model": 256, "d_ff": 256, "d_head": 64}
+    plain = {
+        "sub_norm": False,
+        "activation": "silu",
+        "n_layers": 1,
+        "d_model": 256,
+        "d_ff": 256,
+        "d_head": 64,
+    }
     small = tiny.master(tiny.config(n_layers=1))
     models = {
         "llama": tiny.master(tiny.config(**plain)),
@@ -115,16 +122,18 @@ def seeds(name: str, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch)
             if name == "native":
-                native.write(quantize(small if kind == "bitnet" else replace(master, tokenizer=None)), path / "x")
+                native.write(
+                    quantize(small if kind == "bitnet" else replace(master, tokenizer=None)), path / "x"
+                )
                 (folder / kind).write_bytes((path / "x").read_bytes())
             if name == "gguf":
                 for encoding in gguf.KINDS:
-                    if gguf.refusal(master, encoding) is None:
+                    if gguf.refusals(master)[encoding] is None:
                         gguf.write(master, path / "x.gguf", encoding)
                         (folder / f"{kind}-{encoding}").write_bytes((path / "x.gguf").read_bytes())
             if name == "hf":
                 for encoding in hf.KINDS:
-                    if hf.refusal(master, encoding) is None:
+                    if hf.refusals(master)[encoding] is None:
                         hf.write(master, path / "model", encoding)
                         files = ("config.json", "model.safetensors", "tokenizer.json")
                         contents = [(path / "model" / file).read_bytes() for file in files]
@@ -135,7 +144,9 @@ def seeds(name: str, folder: Path) -> None:
         vocab = json.dumps(parsed["model"]["vocab"])
         (folder / "gpt2").write_bytes(b"g" + vocab.encode() + SEPARATOR + merges.encode())
         (folder / "json").write_bytes(b"j" + tiny.tokenizer_json())
-        (folder / "sentencepiece").write_bytes(b"s\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x08\n\x01a\x15\x00\x00\x80\xbf")
+        (folder / "sentencepiece").write_bytes(
+            b"s\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x08\n\x01a\x15\x00\x00\x80\xbf"
+        )
         (folder / "tiktoken").write_bytes(b"tIQ== 0\nIg== 1\nISI= 2\n")
         (folder / "llama2c").write_bytes(b"c\x08\x00\x00\x00" + b"\x00\x00\x80\xbf\x01\x00\x00\x00a" * 8)
 
@@ -161,7 +172,9 @@ def fuzz(name: str, arguments: list[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="of all readers together")
     parser.add_argument("--only", choices=READERS)
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
 """Chat templates as published models have them. Kind: oracle (transformers renders the same text)."""
 
 import pytest
-import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
+import tiny
 from onebit.engine.tokenizer import Tokenizer
 
 MESSAGES = [

@@ -61,9 +61,11 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = locate(path)
     if path.is_dir():
+        if hf.is_model(path):
+            return hf.read(path)
         if run.is_run(path):
             return run.read(path)
-        return hf.read(path)
+        raise ValueError(f"{path}: a folder without a model; expected {run.CONFIG} and {run.MODEL} in it")
     if not path.is_file():
         raise ValueError(f"{path}: neither a file nor a folder; expected a model")
     if gguf.is_model(path):
@@ -92,7 +94,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
 def is_native(path: Path) -> bool:
     """Whether a model on this machine is one of ours, which runs as it is: a .onebit file or a run folder."""
     if path.is_dir():
-        return run.is_run(path)
+        return run.is_run(path) and not hf.is_model(path)
     return not (gguf.is_model(path) or llama2c.is_model(path))
 
 
@@ -124,7 +126,7 @@ def write(
         raise ValueError(f"head {head!r}: only a .onebit file has a choice of heads")
     module = gguf if path.suffix == GGUF_SUFFIX else hf
     if encoding is None:
-        reasons = {name: module.refusal(checkpoint, name) for name in names}
+        reasons = module.refusals(checkpoint)
         encoding = next((name for name, reason in reasons.items() if reason is None), names[0])
     module.write(checkpoint, path, encoding)
 
@@ -148,8 +150,8 @@ def encodings(path: Path) -> tuple[str, ...]:
 
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Why a model cannot be written in each format and encoding of others; None where it can."""
-    found = {f"GGUF {kind}": gguf.refusal(checkpoint, kind) for kind in gguf.KINDS}
-    return found | {f"Hugging Face {kind}": hf.refusal(checkpoint, kind) for kind in hf.KINDS}
+    found = {f"GGUF {kind}": reason for kind, reason in gguf.refusals(checkpoint).items()}
+    return found | {f"Hugging Face {kind}": reason for kind, reason in hf.refusals(checkpoint).items()}
 
 
 def convert(
@@ -183,6 +185,8 @@ def convert(
     encodings(dst)
     if not dst.absolute().parent.is_dir():
         raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; make it first")
+    if dst.suffix in ("", dst.name):
+        hf.check_replaceable(dst)
     source = read(src)
     # Its name keeps the suffix, which is the format.
     unfinished = dst.with_name(f".{secrets.token_hex(4)}.{dst.name}")
@@ -267,8 +271,7 @@ def _replace(unfinished: Path, dst: Path) -> None:
     if not unfinished.is_dir():
         os.replace(unfinished, dst)
         return
-    # A folder cannot replace another one in one step.
-    hf.replace_folder(unfinished, dst)
+    hf.move_folder(unfinished, dst)
 
 
 def _remove(path: Path) -> None:

@@ -49,6 +49,12 @@ _ACTIVATIONS = "onebit.activations"
 _WEIGHT_ONLY = "a15"
 
 
+def is_model(path: Path) -> bool:
+    """Whether a file starts as GGUF files do."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a GGUF file; its tensors are `Stored`, and stay in the file until they are needed.
 
@@ -110,6 +116,16 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], kind: str) -> No
                 yield target, chunk
 
     gguf_file.write(Path(path), metadata, specs, chunks())
+
+
+def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Why a model cannot be written as each of `KINDS`; None where it can."""
+    try:
+        gguf_keys.architecture_for(checkpoint.config)
+        _metadata(checkpoint, "llama", KINDS[0])
+    except ValueError as error:
+        return dict.fromkeys(KINDS, str(error))
+    return {kind: _misfit(checkpoint.config, kind) for kind in KINDS}
 
 
 def _checkpoint(path: Path, header: Header) -> Checkpoint:

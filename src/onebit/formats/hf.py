@@ -1,0 +1,330 @@
+"""Hugging Face models: config.json, safetensors and a tokenizer in a folder.
+
+    checkpoint = read(Path("bitnet-b1.58-2B-4T"))       # tensors stay in the file until they are needed
+    write(checkpoint, Path("out"), "packed")
+
+Reads BitNets (packed, or the floating-point master), ternary Llamas, and dense Llama, Mistral, Qwen2 and Qwen3.
+Packed weights are uint8 [n / 4, k]: byte row r holds the codes + 1 of rows r, r + n/4, r + n/2 and r + 3n/4, from the
+lowest bits up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from onebit.checkpoint import Checkpoint, Stored, Tensor
+from onebit.config import Activations, ModelConfig
+from onebit.formats import hf_config, hf_tokenizer, names, ternary
+from onebit.formats.floats import FLOATS, decode, in_file
+from onebit.formats.hf_config import Description
+from onebit.formats.hf_files import Located, locate, read_json
+from onebit.formats.hf_write import KINDS, check_replaceable, move_folder, refusals, write
+from onebit.formats.tensors import Json, named, shorten
+from onebit.packing import Float32, Int8, UInt8
+from onebit.quant import dequantize
+
+__all__ = ["KINDS", "check_replaceable", "is_model", "move_folder", "read", "refusals", "write"]
+
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_SCALE = "_scale"
+# Values that models keep beside their weights and compute anew.
+_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+# Scales of real models multiply by 0.001 to 1.
+_LARGEST_MULTIPLIER, _SMALLEST_DIVISOR = 4.0, 0.25
+_BLOCK_ROWS = 4096
+
+_Tensors = dict[str, Located]
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model of this format, told by its config.json."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        text = file.read(_MAX_CONFIG_BYTES)
+    return b'"model_type"' in text or b'"architectures"' in text
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a model; its tensors are `Stored`, and read when they are needed.
+
+    Packed weights keep codes and scale. Weights in floating point are, by what config.json says, a master (b1.58, a8),
+    or dense; those of a model without quantization_config that are {-s, 0, +s} to the last are b1.58 too.
+
+    Args:
+        folder: with config.json, model.safetensors or its shards, and a tokenizer.
+
+    Raises:
+        ValueError: another family or quantisation, a damaged file, scales that contradict the config, ...; the message
+            names the file and what to do.
+        OSError: a file is missing or cannot be opened.
+
+    Source: transformers, integrations/bitnet.py.
+    """
+    folder = Path(folder)
+    with named(folder / CONFIG):
+        values = read_json(folder / CONFIG, "config")
+        description = hf_config.parse(values)
+    config = description.config
+    tokenizer = hf_tokenizer.read(folder, config.vocab_size)
+    config = _with_special_tokens(config, folder, tokenizer)
+    tensors, scales = _by_our_names(folder, locate(folder))
+    # Before the names of all layers are listed: a hostile config may claim millions.
+    if config.n_layers > len(tensors):
+        raise ValueError(
+            f"{folder}: config.json claims {config.n_layers} layers; there are {len(tensors)} tensors"
+        )
+    with named(folder):
+        config = replace(config, tied_head=config.tied_head and not _has_own_head(tensors))
+        if config.tied_head:
+            tensors.pop("head.weight", None)
+        config, stored, meaning = _stored(replace(description, config=config), tensors, scales)
+        provenance: Json = {
+            "source": {
+                "format": "huggingface",
+                "model_type": description.model_type,
+                "folder": folder.resolve().name,
+                "scale": meaning,
+                "dtype": tensors["norm.weight"].dtype,
+            }
+        }
+        return Checkpoint(config, stored, tokenizer.tokenizer, tokenizer.chat_template, provenance)
+
+
+def _with_special_tokens(config: ModelConfig, folder: Path, tokenizer: hf_tokenizer.Found) -> ModelConfig:
+    """The config with the ids that texts begin with and end at."""
+    eos = list(config.eos_tokens)
+    path = folder / hf_tokenizer.GENERATION
+    if path.is_file():
+        generation = read_json(path, "config")
+        with named(path):
+            eos += hf_config.tokens(generation, "eos_token_id", config.vocab_size)
+    if tokenizer.eos_token in eos:
+        # A chat template knows the first one.
+        eos.insert(0, tokenizer.eos_token)
+    bos = config.bos_token
+    if tokenizer.adds_bos is not None:
+        found = tokenizer.bos_token
+        bos = (bos if found is None else found) if tokenizer.adds_bos else None
+    return replace(config, bos_token=bos, eos_tokens=tuple(dict.fromkeys(eos)))
+
+
+def _by_our_names(folder: Path, located: Mapping[str, Located]) -> tuple[_Tensors, _Tensors]:
+    """Tensors by canonical names, and scales by those of their matrices."""
+    tensors: _Tensors = {}
+    scales: _Tensors = {}
+    unknown = []
+    for name, tensor in located.items():
+        ours = names.from_hf(name)
+        scaled = names.from_hf(name.removesuffix(_SCALE)) if name.endswith(f".weight{_SCALE}") else None
+        found, key = (scales, scaled) if scaled else (tensors, ours)
+        if key is None:
+            if not name.endswith(_BUFFERS):
+                unknown.append(name)
+        elif key in found:
+            raise ValueError(
+                f"{tensor.path}: tensor {shorten(name)} is {shorten(found[key].name)} by another name"
+            )
+        else:
+            found[key] = tensor
+    if unknown:
+        listed = ", ".join(shorten(name) for name in unknown[:3])
+        raise ValueError(
+            f"{folder}: {len(unknown)} tensors have no place in the models that onebit runs, first {listed}"
+        )
+    return tensors, scales
+
+
+def _has_own_head(tensors: _Tensors) -> bool:
+    """Whether there is a head whose values are not those of the embedding."""
+    head, embed = tensors.get("head.weight"), tensors.get("embed.weight")
+    if head is None or embed is None or head.shape != embed.shape or len(head.shape) != 2:
+        return head is not None
+    pair = [_floats(tensor, tensor.shape) for tensor in (head, embed)]
+    for begin in range(0, head.shape[0], _BLOCK_ROWS):
+        end = min(head.shape[0], begin + _BLOCK_ROWS)
+        rows = [stored.rows(begin, end) for stored in pair]
+        if not np.array_equal(rows[0], rows[1], equal_nan=True):
+            return True
+    return False
+
+
+def _stored(
+    description: Description, tensors: _Tensors, scales: _Tensors
+) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    """The config with the scheme that the tensors have, the tensors, and what the scale means."""
+    config = description.config
+    shapes = config.tensor_shapes()
+    for name in shapes:
+        if name not in tensors:
+            hint = "; config.json says that the head is not tied" if name == "head.weight" else ""
+            raise ValueError(f"tensor {names.to_hf(name)} is missing; fetch the whole model{hint}")
+    for name in tensors:
+        if name not in shapes:
+            raise ValueError(
+                f"tensor {shorten(tensors[name].name)} has no place in a {description.model_type} of {config.n_layers} "
+                "layers; expected what config.json describes"
+            )
+    linear = [name for name in shapes if config.is_linear(name)]
+    packed = [name for name in linear if tensors[name].dtype == "U8"]
+    if packed and len(packed) < len(linear):
+        other = next(name for name in linear if name not in packed)
+        raise ValueError(
+            f"tensor {tensors[other].name} is {tensors[other].dtype}, but {tensors[packed[0]].name} is packed; onebit "
+            "needs all seven linear layers of every block in one scheme"
+        )
+    stored: dict[str, Tensor] = {
+        name: _floats(tensors[name], shape) for name, shape in shapes.items() if name not in packed
+    }
+    if packed:
+        multipliers = _multipliers(description, [tensors[name] for name in packed], scales, packed)
+        for name in packed:
+            n, k = shapes[name]
+            stored[name] = _packed(tensors[name], (n, k), multipliers[name])
+        config = replace(config, weights="b1.58", activations="a8", scale="tensor")
+        return config, stored, description.meaning or ""
+    if scales:
+        found = next(iter(scales.values()))
+        raise ValueError(f"tensor {shorten(found.name)} scales no packed weights; expected them as U8")
+    exact = _exactly_ternary(description, stored, linear)
+    if exact:
+        is_bitnet = description.is_master
+        activations: Any = "a8" if is_bitnet or "a15" not in get_args(Activations) else "a15"
+        config = replace(config, weights=exact.weights, activations=activations, scale=exact.scale)
+        for name in linear:
+            stored[name] = _with_codes(tensors[name].name, stored[name], exact)
+        return config, stored, "part of the weights"
+    if description.is_master:
+        return replace(config, weights="b1.58", activations="a8", scale="tensor"), stored, "of the rounding"
+    return config, stored, "none"
+
+
+def _floats(tensor: Located, shape: tuple[int, ...]) -> Stored:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"tensor {tensor.name} is {tensor.dtype}; expected {', '.join(FLOATS)}")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"tensor {tensor.name} is {shorten(list(tensor.shape))}; config.json asks for {list(shape)}"
+        )
+    return in_file(tensor.path, tensor.begin, tensor.dtype, shape)
+
+
+def _multipliers(
+    description: Description, packed: list[Located], scales: _Tensors, linear: list[str]
+) -> dict[str, Float32]:
+    """The multiplier of each packed matrix, float32 [1], checked to be of a likely size."""
+    if description.meaning is None:
+        raise ValueError(
+            f"tensor {packed[0].name} is packed, but config.json does not say how; add its quantization_config: "
+            '{"quant_method": "bitnet", "linear_class": "bitlinear"} if weight_scale divides, "autobitlinear" if it '
+            "multiplies"
+        )
+    found: dict[str, Float32] = {}
+    for name, weight in zip(linear, packed, strict=True):
+        scale = scales.get(name)
+        if scale is None:
+            raise ValueError(f"tensor {weight.name}{_SCALE} is missing; fetch the whole model")
+        if scale.dtype not in FLOATS or scale.shape not in ((), (1,)):
+            raise ValueError(
+                f"tensor {scale.name} is {scale.dtype} {shorten(list(scale.shape))}; expected one number in "
+                f"{', '.join(FLOATS)}"
+            )
+        value = decode(scale.read(), scale.dtype).reshape(1)
+        with np.errstate(divide="ignore", over="ignore"):
+            both = (value, np.float32(1) / value)
+        if not all(0 < number < np.inf for (number,) in both):
+            raise ValueError(
+                f"tensor {scale.name} holds {value[0]}; expected a positive finite number, the file is damaged"
+            )
+        found[name] = both[description.meaning == "divides"]
+    for name, scale in scales.items():
+        if name not in found:
+            raise ValueError(f"tensor {shorten(scale.name)} scales no packed weights")
+    _check_meaning(description, found)
+    return found
+
+
+def _check_meaning(description: Description, multipliers: Mapping[str, Float32]) -> None:
+    """Refuse scales that are taken for their inverse: models load so, and talk nonsense."""
+    typical = float(np.median([value[0] for value in multipliers.values()]))
+    multiplies = description.meaning == "multiplies"
+    if typical <= _LARGEST_MULTIPLIER:
+        return
+    found, says, other, means = (
+        (typical, "autobitlinear", "bitlinear", "multiply")
+        if multiplies
+        else (1 / typical, "bitlinear", "autobitlinear", "divide")
+    )
+    raise ValueError(
+        f"the linear_class {says} of config.json means that weights {means} by weight_scale, but its median is "
+        f"{found:.3g}, which makes weights of {typical:.3g}, where real models have some below 1: set linear_class in "
+        f"quantization_config to {other}"
+    )
+
+
+def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32) -> Stored:
+    """A matrix of packed codes."""
+    n, k = shape
+    if n % 4 or tensor.shape != (n // 4, k):
+        expected = "rows in fours" if n % 4 else f"packed {[n // 4, k]}"
+        raise ValueError(
+            f"tensor {tensor.name} is U8 {shorten(list(tensor.shape))}; config.json asks for {[n, k]}: {expected}"
+        )
+
+    def some(begin: int, end: int) -> Int8:
+        found = np.empty((end - begin, k), np.int8)
+        at = begin
+        while at < end:
+            quarter, first = divmod(at, n // 4)
+            last = min(first + end - at, n // 4)
+            data = tensor.read(first * k, (last - first) * k).reshape(-1, k)
+            found[at - begin : at - begin + last - first] = _quarter(data, quarter, tensor.name, at)
+            at += last - first
+        return found
+
+    def codes() -> tuple[Int8, Float32]:
+        data = tensor.read().reshape(n // 4, k)
+        quarters = [_quarter(data, i, tensor.name, i * n // 4) for i in range(4)]
+        return np.concatenate(quarters), multiplier
+
+    def rows(begin: int, end: int) -> Float32:
+        values: Float32 = dequantize(some(begin, end).astype(np.float32), multiplier)
+        return values
+
+    return Stored(shape, tensor.dtype, tensor.n_bytes + 4, rows, codes)
+
+
+def _quarter(data: UInt8, quarter: int, name: str, first: int) -> Int8:
+    """The codes at one place of the bytes."""
+    digits = data >> np.uint8(2 * quarter) & np.uint8(3)
+    if (digits == 3).any():
+        row, column = (int(i) for i in np.argwhere(digits == 3)[0])
+        raise ValueError(
+            f"tensor {name} holds the code 3 at [{first + row}, {column}]; expected 0, 1 or 2, the file is damaged"
+        )
+    return digits.view(np.int8) - np.int8(1)
+
+
+def _exactly_ternary(
+    description: Description, stored: Mapping[str, Tensor], linear: list[str]
+) -> ternary.Found | None:
+    """What the first layer shows, of a model whose weights nobody is said to round."""
+    if description.meaning:
+        return None
+    first = linear[:7]
+    matrices = [tensor for name in first if isinstance(tensor := stored[name], Stored)]
+    with np.errstate(invalid="ignore"):
+        return ternary.detect(
+            [tensor.rows for tensor in matrices], [(t.shape[0], t.shape[1]) for t in matrices]
+        )
+
+
+def _with_codes(name: str, tensor: Tensor, found: ternary.Found) -> Stored:
+    assert isinstance(tensor, Stored)
+    rows, shape = tensor.rows, tensor.shape
+    return replace(tensor, codes=lambda: ternary.exact_codes(name, rows(0, shape[0]), found))

@@ -1,0 +1,295 @@
+"""Write a Hugging Face model: a folder that transformers loads, whole or not at all, one tensor at a time."""
+
+import itertools
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from onebit.checkpoint import BLOCK_ROWS, Checkpoint, Stored, Tensor, codes, rows
+from onebit.config import ModelConfig
+from onebit.formats import hf_config, hf_tokenizer, names
+from onebit.formats import tensors as container
+from onebit.formats.files import Buffer, write_file
+from onebit.formats.floats import encode, width_of
+from onebit.formats.hf_files import INDEX, MODEL
+from onebit.formats.tensors import Json
+from onebit.packing import Float32, Int8, PackedTensor, UInt8, from_bf16, to_bf16
+from onebit.quant import dequantize
+
+KINDS = ("packed", "dense")
+SHARD_BYTES = 5_000_000_000
+
+_CONFIG = "config.json"
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+class _Entry(NamedTuple):
+    """A tensor to write: its name, dtype and shape there, and its bytes, piece by piece."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Buffer]]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * container.ITEM_BYTES[self.dtype]
+
+
+def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> None:
+    """Write a model as a folder for transformers, whole or not at all; a model that is there is replaced.
+
+    "packed" has four ternary weights in a byte and float32 multipliers (linear_class autobitlinear). "dense" has
+    weights in floating point: those of a dense model or of a ternary master, which transformers then rounds as we do
+    (quantization_mode online); of any other model codes * scale, whose activations transformers does not round.
+
+    Args:
+        checkpoint: any.
+        folder: made, with its config.json, weights in shards of at most 5 GB, and tokenizer.
+        kind: "packed" or "dense".
+
+    Raises:
+        ValueError: a model that transformers has no class for or cannot pack, a folder with other things in it, or a
+            damaged source.
+        OSError: the disk is full, ...
+
+    Source: transformers, integrations/bitnet.py.
+    """
+    folder = Path(folder)
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; expected {' or '.join(KINDS)}")
+    check_replaceable(folder)
+    config = checkpoint.config
+    quantization = _quantization(checkpoint, kind)
+    # Before anything is written: it refuses what has no class.
+    hf_config.build(config, "float32", quantization)
+    files = hf_tokenizer.build(checkpoint.tokenizer, checkpoint.chat_template, config)
+    entries = list(_entries(checkpoint, kind, rounds=quantization is not None))
+    dtype = _DTYPES[_width(checkpoint, entries)]
+    files[_CONFIG] = _dump(hf_config.build(config, dtype, quantization))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    hidden.mkdir()
+    try:
+        _write_weights(hidden, entries)
+        for name, contents in files.items():
+            write_file(hidden / name, [contents])
+        move_folder(hidden, folder)
+    except OSError as error:
+        if error.filename is None or not str(error.filename).startswith(str(hidden)):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Why a model cannot be written as each of `KINDS`; None where it can."""
+    found: dict[str, str | None] = {}
+    for kind in KINDS:
+        try:
+            hf_config.build(checkpoint.config, "float32", _quantization(checkpoint, kind))
+            found[kind] = None
+        except ValueError as error:
+            found[kind] = str(error)
+    return found
+
+
+def pack_codes(codes: Int8) -> UInt8:
+    """Four codes in a byte: uint8 [n / 4, k], rows r, r + n/4, r + n/2 and r + 3n/4 from the lowest bits up.
+
+    Args:
+        codes: int8 [n, k] in {-1, 0, +1}, n a multiple of 4.
+    """
+    n, k = codes.shape
+    quarters = (codes.reshape(4, n // 4, k) + np.int8(1)).view(np.uint8)
+    packed: UInt8 = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+    return packed
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write where something else lies.
+
+    Raises:
+        ValueError: a file, or a folder with other things than a model of this format.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; expected the name of a folder to make")
+    if folder.is_dir() and any(folder.iterdir()):
+        path = folder / _CONFIG
+        # A run folder has a config.json too, and its master is not to be lost.
+        if not path.is_file() or b'"model_type"' not in path.read_bytes():
+            raise ValueError(
+                f"{folder}: holds something else than a Hugging Face model; choose another folder"
+            )
+
+
+def _quantization(checkpoint: Checkpoint, kind: str) -> Json | None:
+    """What config.json says of the weights; refuses what cannot be packed."""
+    config = checkpoint.config
+    is_absmean = config.weights == "b1.58" and config.scale == "tensor" and config.activations == "a8"
+    mode = "offline"
+    if kind == "packed":
+        if not is_absmean:
+            found = (
+                f"weights {config.weights}, activations {config.activations}, a scale for each {config.scale}"
+            )
+            raise ValueError(
+                f"{found}: packed BitNets have weights b1.58, activations a8 and a scale for each tensor; write a "
+                "dense one, or a .onebit file"
+            )
+        for name, (n, _) in config.linear_shapes().items():
+            if n % 4:
+                raise ValueError(
+                    f"{name} has {n} rows; packed BitNets need a multiple of 4: write a dense one, or a .onebit file"
+                )
+    elif not is_absmean or _has_codes(checkpoint):
+        return None
+    else:
+        mode = "online"
+    return {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": mode,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+def _has_codes(checkpoint: Checkpoint) -> bool:
+    """Whether the linear layers are codes already, and no master."""
+    tensor = checkpoint.tensors["layers.0.q.weight"]
+    if isinstance(tensor, Stored):
+        return tensor.codes is not None
+    return isinstance(tensor, PackedTensor) and tensor.encoding != "bf16"
+
+
+def _entries(checkpoint: Checkpoint, kind: str, rounds: bool) -> Iterator[_Entry]:
+    config = checkpoint.config
+    for name in config.tensor_shapes():
+        tensor = checkpoint.tensors[name]
+        if config.is_linear(name) and kind == "packed":
+            yield from _packed_entries(name, tensor, config)
+        elif config.is_linear(name) and config.weights != "dense" and not rounds:
+            yield _values_of_codes(name, tensor, config)
+        else:
+            yield _floats(name, tensor)
+
+
+def _floats(name: str, tensor: Tensor) -> _Entry:
+    width = width_of(tensor)
+
+    def chunks() -> Iterator[Buffer]:
+        for begin in range(0, tensor.shape[0], BLOCK_ROWS):
+            yield container.raw(encode(rows(name, tensor, begin, begin + BLOCK_ROWS), width))
+
+    return _Entry(names.to_hf(name), width, tensor.shape, chunks)
+
+
+def _packed_entries(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[_Entry]:
+    n, k = tensor.shape
+    scales: list[Float32] = []
+
+    def weight() -> Iterator[Buffer]:
+        found, scale = codes(name, tensor, config)
+        scales.append(scale)
+        yield container.raw(pack_codes(found))
+
+    # Follows its weight in the file, so it is known by then.
+    def multiplier() -> Iterator[Buffer]:
+        yield container.raw(scales.pop())
+
+    target = names.to_hf(name)
+    yield _Entry(target, "U8", (n // 4, k), weight)
+    yield _Entry(f"{target}_scale", "F32", (1,), multiplier)
+
+
+def _values_of_codes(name: str, tensor: Tensor, config: ModelConfig) -> _Entry:
+    n, k = tensor.shape
+
+    def chunks() -> Iterator[Buffer]:
+        found, scale = codes(name, tensor, config)
+        for begin in range(0, n, BLOCK_ROWS):
+            block = found[begin : begin + BLOCK_ROWS].astype(np.float32)
+            values = dequantize(block, scale if scale.shape == (1,) else scale[begin : begin + BLOCK_ROWS])
+            yield container.raw(values.astype("<f4"))
+
+    return _Entry(names.to_hf(name), "F32", (n, k), chunks)
+
+
+def _width(checkpoint: Checkpoint, entries: list[_Entry]) -> str:
+    """The narrowest dtype that rounds no tensor: transformers loads a model in one."""
+    widths = {entry.dtype for entry in entries} - {"U8"}
+    if len(widths) == 1:
+        return widths.pop()
+    # Beside float32 multipliers, which bfloat16 may hold as well.
+    is_bf16 = all(_is_bf16(name, checkpoint) for name in checkpoint.config.tensor_shapes())
+    return "BF16" if is_bf16 else "F32"
+
+
+def _is_bf16(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether bfloat16 holds the values of a tensor, or the scale of its codes."""
+    tensor, config = checkpoint.tensors[name], checkpoint.config
+    if width_of(tensor) == "BF16":
+        return True
+    if config.is_linear(name) and config.weights != "dense":
+        scale = codes(name, tensor, config)[1]
+        return np.array_equal(from_bf16(to_bf16(scale)), scale)
+    for begin in range(0, tensor.shape[0], BLOCK_ROWS):
+        block = rows(name, tensor, begin, begin + BLOCK_ROWS)
+        if not np.array_equal(from_bf16(to_bf16(block)), block):
+            return False
+    return True
+
+
+def _write_weights(folder: Path, entries: list[_Entry]) -> None:
+    shards = _shards(entries)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = MODEL if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        specs = {entry.name: (entry.dtype, entry.shape) for entry in shard}
+        chunks = itertools.chain.from_iterable(entry.chunks() for entry in shard)
+        container.stream(folder / file, {"format": "pt"}, specs, chunks)
+        weight_map |= dict.fromkeys(specs, file)
+    if len(shards) > 1:
+        metadata = {"total_size": sum(entry.n_bytes for entry in entries)}
+        write_file(folder / INDEX, [_dump({"metadata": metadata, "weight_map": weight_map})])
+
+
+def _shards(entries: list[_Entry]) -> list[list[_Entry]]:
+    shards: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.n_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.n_bytes
+    return shards
+
+
+def move_folder(hidden: Path, folder: Path) -> None:
+    """Put a finished folder in its place; what was there goes once the new one stands."""
+    if not folder.is_dir():
+        os.rename(hidden, folder)
+        return
+    old = folder.with_name(f"{hidden.name}.old")
+    os.rename(folder, old)
+    try:
+        os.rename(hidden, folder)
+    except OSError:
+        with suppress(OSError):
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _dump(values: Json) -> bytes:
+    return json.dumps(values, indent=2).encode() + b"\n"
