@@ -15,8 +15,8 @@ from onebit.formats.tensors import Json, shorten
 # Far more than any vocabulary has; what is larger is no vocabulary.
 MAX_TOKENS = 4_000_000
 MAX_MERGES = 8_000_000
-# Splitting a token takes time with the square of its length.
-MAX_LENGTH = 512
+# Twice the longest of real vocabularies. Finding what a token is made of takes the square of its length.
+MAX_LENGTH = 256
 
 SPACE = "\u2581"
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
