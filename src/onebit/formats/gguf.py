@@ -17,10 +17,10 @@ import numpy as np
 
 from onebit.checkpoint import LINEAR_ENCODINGS, Checkpoint, Stored, Tensor
 from onebit.config import Activations, ModelConfig
-from onebit.formats import blocks, gguf_file, gguf_keys, names, vocabulary
+from onebit.formats import gguf_file, gguf_keys, names, vocabulary
 from onebit.formats.blocks import BLOCKS, SCHEMES, Block
 from onebit.formats.files import Buffer, read_bytes
-from onebit.formats.floats import FLOATS, width_of
+from onebit.formats.floats import FLOATS, decode, width_of
 from onebit.formats.gguf_file import Header, Place
 from onebit.formats.gguf_tensors import Source, pieces
 from onebit.formats.tensors import named, raw, shorten
@@ -211,7 +211,7 @@ def _vector(path: Path, name: str, place: Place) -> Float32:
     """A vector of F32."""
     if place.block.name != "F32" or len(place.shape) != 1:
         raise ValueError(f"tensor {name} is {place.block.name} {list(place.shape)}; expected a vector of F32")
-    return blocks.decode(read_bytes(path, place.begin, place.n_bytes), place.block).reshape(-1)
+    return decode(read_bytes(path, place.begin, place.n_bytes), place.block.name)
 
 
 def _multiplier(path: Path, there: str, place: Place, extra: dict[str, Place]) -> np.float32:
