@@ -88,12 +88,20 @@ def read(folder: Path) -> Checkpoint:
             "source": {
                 "format": "huggingface",
                 "model_type": description.model_type,
-                "folder": folder.resolve().name,
+                "folder": _name_of(folder),
                 "scale": meaning,
                 "dtype": tensors["norm.weight"].dtype,
             }
         }
         return Checkpoint(config, stored, tokenizer.tokenizer, tokenizer.chat_template, provenance)
+
+
+def _name_of(folder: Path) -> str:
+    """The name of a folder; of a snapshot in the cache of the hub the repository and its revision."""
+    path = folder.absolute()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return f"{path.parent.parent.name.removeprefix('models--').replace('--', '/', 1)}@{path.name}"
+    return path.name
 
 
 def _with_special_tokens(config: ModelConfig, folder: Path, tokenizer: hf_tokenizer.Found) -> ModelConfig:

@@ -103,7 +103,7 @@ def read_small(path: Path) -> bytes:
 def _open(path: Path) -> dict[str, Located]:
     with named(path):
         contents = container.map_file(path)
-        header, data = container.split_header(contents)
+        header, data = container.split_header(contents, "safetensors file")
         start = contents.size - data.size
         return {
             name: Located(path, name, span.dtype, span.shape, start + span.begin, span.stop - span.begin)

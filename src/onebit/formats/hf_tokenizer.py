@@ -57,7 +57,7 @@ def read(folder: Path, vocab_size: int) -> Found:
         tokenizer = parse_json(data, "tokenizer")
         vocab = _vocabulary(tokenizer)
         if _add_tokens(folder, tokenizer, settings, vocab):
-            data = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+            data = json.dumps(tokenizer, separators=(",", ":")).encode()
         if vocab and max(vocab.values()) >= vocab_size:
             token = max(vocab, key=vocab.__getitem__)
             raise ValueError(
@@ -65,7 +65,7 @@ def read(folder: Path, vocab_size: int) -> Found:
                 "take tokenizer and model from one place"
             )
     specials = _specials(folder, settings)
-    bos, eos = (vocab.get(specials.get(name, "")) for name in ("bos_token", "eos_token"))
+    bos, eos = (vocab.get(text) if text is not None else None for text in specials)
     first = _prepended(tokenizer.get("post_processor"), vocab)
     adds = settings.get("add_bos_token")
     if not isinstance(adds, bool):
@@ -73,7 +73,7 @@ def read(folder: Path, vocab_size: int) -> Found:
         is_old = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") or source.endswith(
             ".model"
         )
-        adds = first is not None or (is_old and "post_processor" not in tokenizer)
+        adds = first is not None or (is_old and tokenizer.get("post_processor") is None)
     return Found(data, template, adds, first if first is not None else bos, eos)
 
 
@@ -104,8 +104,7 @@ def build(tokenizer: bytes | None, chat_template: str | None, config: ModelConfi
         "bos_token": texts.get(-1 if config.bos_token is None else config.bos_token),
         "eos_token": texts.get(eos[0]) if eos else None,
     }
-    if settings["bos_token"] is not None:
-        settings["add_bos_token"] = True
+    settings["add_bos_token"] = settings["bos_token"] is not None
     if chat_template is not None:
         # Readers from before 2025 look here alone.
         settings["chat_template"] = chat_template
@@ -213,7 +212,8 @@ def _add_tokens(folder: Path, tokenizer: Json, settings: Json, vocab: dict[str, 
 def _declared(folder: Path, settings: Json) -> Iterator[tuple[int, str, Json]]:
     """Id, text and flags of the tokens that tokenizer_config.json and added_tokens.json name."""
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    table = settings.get("added_tokens_decoder", {})
+    table = settings.get("added_tokens_decoder")
+    table = {} if table is None else table
     if not isinstance(table, dict):
         raise ValueError(f"added_tokens_decoder of {SETTINGS} is {shorten(table)}; expected a table")
     for key, entry in table.items():
@@ -228,17 +228,17 @@ def _declared(folder: Path, settings: Json) -> Iterator[tuple[int, str, Json]]:
         yield token, text, dict.fromkeys(names, False) | {"special": True}
 
 
-def _specials(folder: Path, settings: Json) -> dict[str, str]:
+def _specials(folder: Path, settings: Json) -> tuple[str | None, str | None]:
     """The texts of bos_token and eos_token."""
     path = folder / "special_tokens_map.json"
     table = (read_json(path, "special tokens") if path.is_file() else {}) | settings
-    found = {}
-    for name in ("bos_token", "eos_token"):
+
+    def text(name: str) -> str | None:
         value = table.get(name)
         value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
+        return value if isinstance(value, str) else None
+
+    return text("bos_token"), text("eos_token")
 
 
 def _prepended(processor: Any, vocab: dict[str, int]) -> int | None:

@@ -44,12 +44,22 @@ class _Entry(NamedTuple):
         return math.prod(self.shape) * container.ITEM_BYTES[self.dtype]
 
 
+class _Form(NamedTuple):
+    """How numbers are written: in one width, or each tensor in its own; as a master; with scales that divide."""
+
+    width: str | None
+    is_master: bool
+    divides: bool
+
+
 def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> None:
     """Write a model as a folder for transformers, whole or not at all; a model that is there is replaced.
 
-    "packed" has four ternary weights in a byte and float32 multipliers (linear_class autobitlinear). "dense" has
-    weights in floating point: those of a dense model or of a ternary master, which transformers then rounds as we do
-    (quantization_mode online); of any other model codes * scale, whose activations transformers does not round.
+    "packed" has four ternary weights in a byte, and a scale in the width of the other numbers, which multiplies
+    (linear_class autobitlinear), or divides (bitlinear) where only so bfloat16 holds it. Where bfloat16 holds not all
+    numbers, all are float32: transformers loads a packed model as it is. "dense" has weights in floating point: those of
+    a dense model, or of a ternary master, which transformers then rounds as we do (quantization_mode online); of any
+    other model codes * scale, whose activations transformers does not round.
 
     Args:
         checkpoint: any.
@@ -68,12 +78,16 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
         raise ValueError(f"kind is {kind!r}; expected {' or '.join(KINDS)}")
     check_replaceable(folder)
     config = checkpoint.config
+    # Before anything is read or written: these refuse what has no class, or cannot be packed.
+    hf_config.build(config, "float32", None)
     quantization = _quantization(checkpoint, kind)
-    # Before anything is written: it refuses what has no class.
-    hf_config.build(config, "float32", quantization)
     files = hf_tokenizer.build(checkpoint.tokenizer, checkpoint.chat_template, config)
-    entries = list(_entries(checkpoint, kind, rounds=quantization is not None))
-    dtype = _DTYPES[_width(checkpoint, entries)]
+    form = _form(checkpoint, kind, quantization)
+    if form.divides and quantization:
+        quantization["linear_class"] = "bitlinear"
+    entries = list(_entries(checkpoint, kind, form))
+    widths = {entry.dtype for entry in entries} - {"U8"}
+    dtype = _DTYPES[widths.pop() if len(widths) == 1 else "F32"]
     files[_CONFIG] = _dump(hf_config.build(config, dtype, quantization))
     folder.parent.mkdir(parents=True, exist_ok=True)
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
@@ -171,21 +185,49 @@ def _has_codes(checkpoint: Checkpoint) -> bool:
     return isinstance(tensor, PackedTensor) and tensor.encoding != "bf16"
 
 
-def _entries(checkpoint: Checkpoint, kind: str, rounds: bool) -> Iterator[_Entry]:
+def _form(checkpoint: Checkpoint, kind: str, quantization: Json | None) -> _Form:
+    """Widths and scales with which no number is rounded."""
+    config, shapes = checkpoint.config, checkpoint.config.tensor_shapes()
+    if kind == "dense":
+        # transformers rounds nothing while it loads a model that it quantises: all have to be of one width.
+        widths = {width_of(tensor) for tensor in checkpoint.tensors.values()}
+        return _Form("F32" if quantization and len(widths) > 1 else None, quantization is not None, False)
+    if not all(_is_bf16(name, checkpoint.tensors[name]) for name in shapes if not config.is_linear(name)):
+        return _Form("F32", False, False)
+    multiplies = divides = True
+    for name in shapes:
+        if config.is_linear(name) and (multiplies or divides):
+            scale = codes(name, checkpoint.tensors[name], config)[1]
+            multiplies = multiplies and np.array_equal(_rounded(scale), scale)
+            divides = divides and np.array_equal(np.float32(1) / _rounded(np.float32(1) / scale), scale)
+    return _Form("BF16" if multiplies or divides else "F32", False, divides and not multiplies)
+
+
+def _is_bf16(name: str, tensor: Tensor) -> bool:
+    """Whether bfloat16 holds all values."""
+    if width_of(tensor) == "BF16":
+        return True
+    blocks = (rows(name, tensor, i, i + BLOCK_ROWS) for i in range(0, tensor.shape[0], BLOCK_ROWS))
+    return all(np.array_equal(_rounded(block), block) for block in blocks)
+
+
+def _rounded(values: Float32) -> Float32:
+    return from_bf16(to_bf16(values))
+
+
+def _entries(checkpoint: Checkpoint, kind: str, form: _Form) -> Iterator[_Entry]:
     config = checkpoint.config
     for name in config.tensor_shapes():
         tensor = checkpoint.tensors[name]
         if config.is_linear(name) and kind == "packed":
-            yield from _packed_entries(name, tensor, config)
-        elif config.is_linear(name) and config.weights != "dense" and not rounds:
+            yield from _packed_entries(name, tensor, config, form)
+        elif config.is_linear(name) and config.weights != "dense" and not form.is_master:
             yield _values_of_codes(name, tensor, config)
         else:
-            yield _floats(name, tensor)
+            yield _floats(name, tensor, form.width or width_of(tensor))
 
 
-def _floats(name: str, tensor: Tensor) -> _Entry:
-    width = width_of(tensor)
-
+def _floats(name: str, tensor: Tensor, width: str) -> _Entry:
     def chunks() -> Iterator[Buffer]:
         for begin in range(0, tensor.shape[0], BLOCK_ROWS):
             yield container.raw(encode(rows(name, tensor, begin, begin + BLOCK_ROWS), width))
@@ -193,7 +235,7 @@ def _floats(name: str, tensor: Tensor) -> _Entry:
     return _Entry(names.to_hf(name), width, tensor.shape, chunks)
 
 
-def _packed_entries(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[_Entry]:
+def _packed_entries(name: str, tensor: Tensor, config: ModelConfig, form: _Form) -> Iterator[_Entry]:
     n, k = tensor.shape
     scales: list[Float32] = []
 
@@ -203,12 +245,13 @@ def _packed_entries(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[
         yield container.raw(pack_codes(found))
 
     # Follows its weight in the file, so it is known by then.
-    def multiplier() -> Iterator[Buffer]:
-        yield container.raw(scales.pop())
+    def stored_scale() -> Iterator[Buffer]:
+        scale = scales.pop()
+        yield container.raw(encode(np.float32(1) / scale if form.divides else scale, width))
 
-    target = names.to_hf(name)
+    target, width = names.to_hf(name), form.width or "F32"
     yield _Entry(target, "U8", (n // 4, k), weight)
-    yield _Entry(f"{target}_scale", "F32", (1,), multiplier)
+    yield _Entry(f"{target}_scale", width, (1,), stored_scale)
 
 
 def _values_of_codes(name: str, tensor: Tensor, config: ModelConfig) -> _Entry:
@@ -222,31 +265,6 @@ def _values_of_codes(name: str, tensor: Tensor, config: ModelConfig) -> _Entry:
             yield container.raw(values.astype("<f4"))
 
     return _Entry(names.to_hf(name), "F32", (n, k), chunks)
-
-
-def _width(checkpoint: Checkpoint, entries: list[_Entry]) -> str:
-    """The narrowest dtype that rounds no tensor: transformers loads a model in one."""
-    widths = {entry.dtype for entry in entries} - {"U8"}
-    if len(widths) == 1:
-        return widths.pop()
-    # Beside float32 multipliers, which bfloat16 may hold as well.
-    is_bf16 = all(_is_bf16(name, checkpoint) for name in checkpoint.config.tensor_shapes())
-    return "BF16" if is_bf16 else "F32"
-
-
-def _is_bf16(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether bfloat16 holds the values of a tensor, or the scale of its codes."""
-    tensor, config = checkpoint.tensors[name], checkpoint.config
-    if width_of(tensor) == "BF16":
-        return True
-    if config.is_linear(name) and config.weights != "dense":
-        scale = codes(name, tensor, config)[1]
-        return np.array_equal(from_bf16(to_bf16(scale)), scale)
-    for begin in range(0, tensor.shape[0], BLOCK_ROWS):
-        block = rows(name, tensor, begin, begin + BLOCK_ROWS)
-        if not np.array_equal(from_bf16(to_bf16(block)), block):
-            return False
-    return True
 
 
 def _write_weights(folder: Path, entries: list[_Entry]) -> None:

@@ -86,8 +86,14 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def split_header(contents: npt.NDArray[np.uint8]) -> tuple[Json, npt.NDArray[np.uint8]]:
+def split_header(
+    contents: npt.NDArray[np.uint8], kind: str = ".onebit file"
+) -> tuple[Json, npt.NDArray[np.uint8]]:
     """Parse the header of a mapped file.
+
+    Args:
+        contents: uint8, all bytes.
+        kind: what was expected, for the error.
 
     Returns:
         The header, a JSON object whose "__metadata__" is a table of texts (empty where the file has none),
@@ -99,12 +105,12 @@ def split_header(contents: npt.NDArray[np.uint8]) -> tuple[Json, npt.NDArray[np.
     start = contents[:8].tobytes()
     n_header = int.from_bytes(start, "little")
     if n_header > min(_MAX_HEADER_BYTES, contents.size - 8):
-        for magic, kind in _FOREIGN.items():
+        for magic, what in _FOREIGN.items():
             if start.startswith(magic):
-                raise ValueError(f"this is {kind}; expected a .onebit file")
+                raise ValueError(f"this is {what}; expected a {kind}")
         raise ValueError(
             f"the header claims {n_header} bytes, but the file has {contents.size} and a header at most "
-            f"{_MAX_HEADER_BYTES}; the file is truncated or is no .onebit file"
+            f"{_MAX_HEADER_BYTES}; the file is truncated or is no {kind}"
         )
     header = parse_json(contents[8 : 8 + n_header].tobytes(), "header")
     metadata = header.setdefault("__metadata__", {})
