@@ -70,7 +70,7 @@ SHORTLIST, SHORTLIST_BOUNDS = "shortlist.weight", "shortlist.bounds"
 _SCHEMES = {encoding: scheme for scheme, encodings in LINEAR_ENCODINGS.items() for encoding in encodings}
 
 # Rows that are handled at once: copies stay small. Whole tiles of every layout.
-BLOCK_ROWS = 3840
+BLOCK_ROWS = 1280
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,12 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """Bits of weights, activations and reference cache, as in "W1.58A8KV16", and of an unusual head, as in H16."""
-        return label(self.config, self.head)
+        """Bits of weights, activations and reference cache, as in "W1.58A8KV16", and of an unusual head, as in H16.
+
+        Of a model that is not packed, what `quantize` makes of it.
+        """
+        planned = plan(self)
+        return label(planned.config, planned.head)
 
     @property
     def head(self) -> str | None:

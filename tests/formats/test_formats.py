@@ -54,13 +54,21 @@ def test_unreadable_places_are_named(tmp_path):
 
 
 def test_convert_refuses_before_it_writes(folder, tmp_path):
-    for dst, encoding in (
-        (tmp_path / "x.gguf", None),
-        (tmp_path / "x.onebit", "b128"),
-        (tmp_path / "x", None),
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("buy milk")
+    for dst, encoding, message in (
+        (tmp_path / "x.gguf", None, "TQ2_0 needs multiples of 256 inputs, and q has 48; this model fits F16"),
+        (tmp_path / "x.gguf", "t80", "a GGUF file has TQ2_0, TQ1_0"),
+        (tmp_path / "x.bin", None, "nothing is written to a .bin file; expected .onebit, .gguf, or a folder"),
+        (tmp_path / "x.onebit", "b128", "expected"),
+        (tmp_path / "x.onebit", "TQ2_0", "a .onebit file has t80, r64"),
+        (tmp_path / "notes", None, "something else than a Hugging Face model"),
+        (folder, None, "something else than a Hugging Face model"),
     ):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=message):
             formats.convert(folder, dst, encoding)
+    (tmp_path / "notes" / "todo.txt").unlink()
+    (tmp_path / "notes").rmdir()
     with pytest.raises(FileNotFoundError, match="make it first"):
         formats.convert(folder, tmp_path / "nowhere" / "x.onebit")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

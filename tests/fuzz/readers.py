@@ -144,9 +144,8 @@ def seeds(name: str, folder: Path) -> None:
         vocab = json.dumps(parsed["model"]["vocab"])
         (folder / "gpt2").write_bytes(b"g" + vocab.encode() + SEPARATOR + merges.encode())
         (folder / "json").write_bytes(b"j" + tiny.tokenizer_json())
-        (folder / "sentencepiece").write_bytes(
-            b"s\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x08\n\x01a\x15\x00\x00\x80\xbf"
-        )
+        pieces = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x08\n\x01a\x15\x00\x00\x80\xbf"
+        (folder / "sentencepiece").write_bytes(b"s" + pieces)
         (folder / "tiktoken").write_bytes(b"tIQ== 0\nIg== 1\nISI= 2\n")
         (folder / "llama2c").write_bytes(b"c\x08\x00\x00\x00" + b"\x00\x00\x80\xbf\x01\x00\x00\x00a" * 8)
 

@@ -28,7 +28,7 @@ TEMPLATES = {
     "json, dates, namespaces and loop controls": (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
         "{% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}"
-        "{{ ns.n }} {{ strftime_now('%Y-%m') }}{% if tools is not none and tools %}{{ tools }}{% endif %}{{ eos_token }}"
+        "{{ ns.n }} {{ strftime_now('%Y-%m') }}{% if tools is not none %}{{ tools[0] }}{% endif %}{{ eos_token }}"
     ),
     "guards": "{% if messages[1].role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[1].content }}",
 }  # fmt: skip

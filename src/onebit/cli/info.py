@@ -91,7 +91,7 @@ def _machine_table() -> "Table":
 
 
 def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
-    from onebit.checkpoint import code_histogram, label, plan
+    from onebit.checkpoint import code_histogram
     from onebit.formats.compare import kind_of
     from onebit.formats.families import family
 
@@ -102,11 +102,8 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
         for name, value in source.items():
             table.add_row(name, value if isinstance(value, str) else json.dumps(value))
     if not checkpoint.is_packed:
-        planned = plan(checkpoint)
         table.add_row("family", family(config))
-        table.add_row("label, as it runs", label(planned.config, planned.head))
-    else:
-        table.add_row("label", checkpoint.label)
+    table.add_row("label", checkpoint.label)
     table.add_row("layers", f"{config.n_layers} of width {config.d_model}")
     table.add_row("feed-forward", f"width {config.d_ff}, {config.activation}")
     table.add_row(

@@ -15,13 +15,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from onebit.checkpoint import Checkpoint, Stored, codes, rows
+import numpy as np
+
+from onebit.checkpoint import Checkpoint, Stored, codes, plan, rows
 from onebit.formats import gguf, hf, hub, llama2c, native, run
 from onebit.formats.compare import Change, compare, holds_codes, kind_of
-from onebit.packing import Float32, Int8
+from onebit.packing import Float32, Int8, from_bf16, to_bf16
 
 SUFFIX = ".onebit"
 GGUF_SUFFIX = ".gguf"
+
+_FIRST_ROWS = 64
 
 # Of what is being done, and how much of it is done, from 0 to 1.
 Progress = Callable[[str, float], None]
@@ -188,6 +192,8 @@ def convert(
     if dst.suffix in ("", dst.name):
         hf.check_replaceable(dst)
     source = read(src)
+    if dst.suffix == SUFFIX and not allow_lossy:
+        _foresee(dst, source, encoding, head)
     # Its name keeps the suffix, which is the format.
     unfinished = dst.with_name(f".{secrets.token_hex(4)}.{dst.name}")
     try:
@@ -197,13 +203,29 @@ def convert(
         report = Report(source, made, changes, _notes(source, made))
         if report.losses and not allow_lossy:
             lost = "; ".join(change.describe() for change in report.losses)
-            raise ValueError(
-                f"{dst} is not written, it would not be the same model: {lost} (--allow-lossy writes it)"
-            )
+            raise _lossy(dst, lost)
         _replace(unfinished, dst)
     finally:
         _remove(unfinished)
     return report._replace(made=read(dst))
+
+
+def _foresee(dst: Path, source: Checkpoint, encoding: str | None, head: str | None) -> None:
+    """Refuse what would be found lossy in the end, by the first rows of each matrix: before the work is done."""
+    planned = plan(source, encoding, head)
+    for name, kind in planned.encodings.items():
+        tensor = source.tensors.get(name)
+        if kind != "bf16" or not isinstance(tensor, Stored) or tensor.kind == "BF16":
+            continue
+        values = rows(name, tensor, 0, _FIRST_ROWS)
+        if not np.array_equal(from_bf16(to_bf16(values)), values):
+            raise _lossy(dst, f"{name}, {tensor.kind} to bf16, has values that bfloat16 does not hold")
+
+
+def _lossy(dst: Path, lost: str) -> ValueError:
+    return ValueError(
+        f"{dst} is not written, it would not be the same model: {lost} (--allow-lossy writes it)"
+    )
 
 
 def _tracked(source: Checkpoint, to_native: bool, progress: Progress) -> Checkpoint:
