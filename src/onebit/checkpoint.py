@@ -33,10 +33,12 @@ Tensor = Float32 | PackedTensor
 LINEAR_ENCODINGS: dict[str, tuple[str, ...]] = {"b1.58": ("t80", "r64"), "b1": ("b128",), "dense": ("bf16",)}
 ROW_ENCODING = "q8"
 
-# How the head is kept, and with it the embedding where they are one matrix or the model is dense; the default first.
+# How embedding and head are kept, both alike, the default first; imported models may also keep them as codes, in an
+# encoding of their linear layers.
 HEADS = (ROW_ENCODING, "bf16")
 # What a bf16 head brings along: int8 rows, and float32 [2, V], at least the norms of their errors and of the rows.
 SHORTLIST, SHORTLIST_BOUNDS = "shortlist.weight", "shortlist.bounds"
+_HEAD_LABELS = {"q8": "H8", "bf16": "H16", "t80": "H1.58", "r64": "H1.58", "b128": "H1"}
 
 # Rows whose float64 norms are computed at once.
 _BLOCK_ROWS = 4096
@@ -76,7 +78,7 @@ class Checkpoint:
         for name, shape in shapes.items():
             tensor = self.tensors[name]
             if self.is_packed and len(shape) == 2 and name != SHORTLIST_BOUNDS:
-                _check_packed(name, tensor, shape, self.config)
+                _check_packed(name, tensor, shape, self.config, self.head)
             else:
                 _check_dense(name, tensor, shape)
 
@@ -87,15 +89,15 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """Bits of weights, activations and reference cache, as in "W1.58A8KV16", and of an unusual head, as in H16."""
+        """Bits of weights, activations and reference cache, as in "W1.58A8KV16", and of an unusual head, as in H1."""
         usual = "bf16" if self.config.weights == "dense" else ROW_ENCODING
-        if self.head in (None, usual):
+        if self.head is None or self.head == usual:
             return self.config.label
-        return self.config.label + ("H16" if self.head == "bf16" else "H8")
+        return self.config.label + _HEAD_LABELS[self.head]
 
     @property
     def head(self) -> str | None:
-        """How a packed model keeps its head: "q8" or "bf16"; None for a master."""
+        """How a packed model keeps its head: "q8", "bf16" or a layout of codes; None for a master."""
         tensor = self.tensors.get(head_name(self.config))
         return tensor.encoding if isinstance(tensor, PackedTensor) else None
 
@@ -137,14 +139,14 @@ def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | No
     """Quantise and pack the linear layers; embedding and head become int8 rows, norms and biases stay float32.
 
     Of a dense model, linear layers and embedding become bfloat16. A packed checkpoint keeps its codes and scales;
-    only the layout of its linear layers changes.
+    only the layout of its linear layers changes, and of an embedding and head of such codes.
 
     Args:
         checkpoint: a float32 master or a packed model.
         encoding: layout of the linear layers: "t80" (default) or "r64" for b1.58, "b128" for b1, "bf16" for dense
             ones. None keeps the layout of a packed model.
-        head: "q8" (default) or "bf16" (default of dense models), which keeps the head, and an embedding tied to it, in
-            bfloat16, with a shortlist of int8 rows. None keeps the head of a packed model.
+        head: "q8" (default) or "bf16" (default of dense models), which keeps embedding and head in bfloat16, with a
+            shortlist of int8 rows. None keeps the head of a packed model.
 
     Raises:
         ValueError: an encoding that cannot hold the scheme, or another head for a packed model.
@@ -244,7 +246,7 @@ def granularity(name: str, config: ModelConfig, encoding: str) -> quant.Granular
     """Weights of a packed matrix that share a scale; rows of int8 have one each, and bf16 the number 1."""
     if encoding == "bf16":
         return "tensor"
-    return config.scale if config.is_linear(name) else "row"
+    return config.scale if config.is_linear(name) or encoding != ROW_ENCODING else "row"
 
 
 def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple[int, ...]:
@@ -256,17 +258,15 @@ def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple
 
 
 def _quantized(name: str, tensor: Tensor, config: ModelConfig, layout: str, head: str | None) -> Tensor:
-    # Rows of a dense model are of one kind; of others, only the head may be bfloat16, which is made apart.
-    rows = "bf16" if config.weights == "dense" and head == "bf16" and name != SHORTLIST else ROW_ENCODING
-    encoding = layout if config.is_linear(name) else rows
     if isinstance(tensor, PackedTensor):
-        if tensor.encoding in (encoding, "bf16"):
+        if tensor.encoding in (layout, *HEADS):
             return tensor
         codes = unpack(tensor.data, tensor.encoding, tensor.shape)
-        return tensor._replace(encoding=encoding, data=pack(codes, encoding))
+        return tensor._replace(encoding=layout, data=pack(codes, layout))
     if tensor.ndim == 1 or name == SHORTLIST_BOUNDS:
         return tensor
     n, k = tensor.shape
+    encoding = layout if config.is_linear(name) else head or ROW_ENCODING
     if encoding == "bf16":
         return PackedTensor("bf16", (n, k), pack_bf16(_bf16(name, tensor)), np.ones(1, np.float32))
     if encoding == ROW_ENCODING:
@@ -329,14 +329,27 @@ def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"tensor {name} holds NaN or infinity; the file is damaged or training diverged")
 
 
-def _check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig) -> None:
+def _allowed_encodings(name: str, config: ModelConfig, head: str | None) -> tuple[str, ...]:
+    codes = LINEAR_ENCODINGS[config.weights]
+    if config.is_linear(name):
+        return codes
+    if name == SHORTLIST:
+        return (ROW_ENCODING,)
+    # Embedding and head are of one kind: where the head's is possible, it is the embedding's.
+    kinds = (*((encoding,) for encoding in HEADS), codes)
+    return next((kind for kind in kinds if head in kind), tuple(dict.fromkeys(HEADS + codes)))
+
+
+def _check_packed(
+    name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig, head: str | None
+) -> None:
     if not isinstance(tensor, PackedTensor):
         raise ValueError(f"tensor {name} is float32, but the model is packed: pack all matrices or none")
-    allowed = LINEAR_ENCODINGS[config.weights] if config.is_linear(name) else (ROW_ENCODING,)
-    if name == head_name(config) or (name == "embed.weight" and config.weights == "dense"):
-        allowed = HEADS
+    allowed = _allowed_encodings(name, config, head)
     if tensor.encoding not in allowed:
         expected = " or ".join(allowed)
+        if name != head_name(config) and not config.is_linear(name):
+            expected += f", because the head is {head}; convert the model again"
         raise ValueError(f"tensor {name} has encoding {tensor.encoding!r}; expected {expected}")
     if tensor.shape != shape:
         raise ValueError(f"tensor {name} is {list(tensor.shape)}; the config asks for {list(shape)}")

@@ -100,7 +100,8 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     }
     table.add_row("encoding", ", ".join(sorted(encodings)))
     heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
-    table.add_row("head", heads[checkpoint.head or "q8"])
+    head = checkpoint.head or "q8"
+    table.add_row("head", heads.get(head, f"{head} codes, 15-bit activations"))
     if config.weights != "dense":
         shares = code_histogram(checkpoint)
         table.add_row("codes", ", ".join(f"{code}: {share:.1%}" for code, share in shares.items()))
