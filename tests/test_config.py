@@ -13,6 +13,7 @@ from onebit.config import ModelConfig, RopeScaling
     [
         ({}, "W1.58A8KV16"),
         ({"activations": "a4"}, "W1.58A4KV16"),
+        ({"activations": "a15"}, "W1.58A15KV16"),
         ({"weights": "b1", "activations": "a1"}, "W1A1KV16"),
         ({"weights": "dense", "activations": "none"}, "W16A16KV16"),
     ],
@@ -78,7 +79,7 @@ def test_json_round_trip(changes):
         ({"d_head": 15}, "d_head 15 is odd"),
         ({"activation": "gelu"}, "activation is 'gelu'; expected one of silu, relu2"),
         ({"weights": ["b1"]}, "expected one of b1.58, b1, dense"),
-        ({"activations": "a2"}, "expected one of a8, a4, a1, none"),
+        ({"activations": "a2"}, "expected one of a15, a8, a4, a1, none"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "expected a positive number"),

@@ -165,7 +165,7 @@ def test_a_run_folder_is_the_file_packed_from_it(tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["b1.58", "b1"])
-@pytest.mark.parametrize("activations", ["a8", "a4", "a1"])
+@pytest.mark.parametrize("activations", ["a15", "a8", "a4", "a1"])
 def test_every_scheme_runs(weights, activations):
     checkpoint = tiny.master(
         tiny.config(weights=weights, activations=activations, activation="silu", tied_head=False)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import tokenizers
 
-from onebit.checkpoint import Checkpoint, granularity, scale_shape
+from onebit.checkpoint import Checkpoint, granularity, quantize, scale_shape
 from onebit.config import ModelConfig
 from onebit.packing import MAX_CODE, TILE_ROWS, PackedTensor, pack, packed_shape
+from onebit.quant import quantize_weights
 
 EOS = 0
 TEXT = (
@@ -120,6 +121,17 @@ def master(config: ModelConfig = CONFIG, seed: int = 0, chat_template: str | Non
     return Checkpoint(
         config, tensors(config, seed), tokenizer, chat_template, {"recipe": {"name": "tiny", "seed": seed}}
     )
+
+
+def coded(master: Checkpoint, encoding: str | None = None) -> Checkpoint:
+    """The packed model with embedding and head as codes too, as imported models may have them."""
+    packed, config = quantize(master, encoding), master.config
+    layout = packed.tensors["layers.0.q.weight"].encoding
+    rows = {}
+    for name in {"embed.weight", "head.weight"} & packed.tensors.keys():
+        codes, scale = quantize_weights(master.tensors[name], config.weights, config.scale)
+        rows[name] = PackedTensor(layout, codes.shape, pack(codes.astype(np.int8), layout), scale)
+    return replace(packed, tensors=packed.tensors | rows)
 
 
 def synthetic(config: ModelConfig, encoding: str = "t80") -> Checkpoint:

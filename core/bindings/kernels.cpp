@@ -89,27 +89,19 @@ bool dot_pair(const std::string& isa, Array<const std::uint8_t, 3> tiles, Array<
   return kernel != nullptr;
 }
 
-void scale_sums(const std::string& isa, Array<const std::int32_t, 2> acc, Array<const float, 1> w_scale, int stride,
+void scale_sums(const std::string& isa, Array<const std::int32_t, 2> acc,
+                std::optional<Array<const std::int32_t, 2>> lo, Array<const float, 1> w_scale, bool per_row,
                 std::optional<Array<const float, 1>> x_scale, bool accumulate, Array<float, 2> y) {
   const int m = length(acc.shape(0));
   const int n = length(y.shape(1));
-  require(stride >= 0, "stride: expected 0 or more");
   require_length("y", y.shape(0), acc.shape(0));
   require(acc.shape(1) >= y.shape(1), "acc rows are shorter than those of y");
+  require(!lo || (lo->shape(0) == acc.shape(0) && lo->shape(1) == acc.shape(1)), "lo: expected the shape of acc");
   require(!x_scale || x_scale->size() == acc.shape(0), "x_scale: expected one value for each row of acc");
-  require(w_scale.size() > static_cast<std::size_t>(n - 1) * static_cast<std::size_t>(stride),
-          "w_scale is too short for the stride");
-  kernels_of(isa).scale_sums(acc.data(), static_cast<std::ptrdiff_t>(acc.shape(1)), w_scale.data(), stride,
-                             x_scale ? x_scale->data() : nullptr, m, n, accumulate, y.data(), n);
-}
-
-void scale_sums15(const std::string& isa, Array<const std::int32_t, 1> hi, Array<const std::int32_t, 1> lo,
-                  Array<const float, 1> w_scale, float x_scale, Array<float, 1> y) {
-  const int n = length(hi.size());
-  require_length("lo", lo.size(), hi.size());
-  require_length("w_scale", w_scale.size(), hi.size());
-  require_length("y", y.size(), hi.size());
-  kernels_of(isa).scale_sums15(hi.data(), lo.data(), w_scale.data(), x_scale, n, y.data());
+  require_length("w_scale", w_scale.size(), per_row ? y.shape(1) : 1);
+  kernels_of(isa).scale_sums(acc.data(), lo ? lo->data() : nullptr, static_cast<std::ptrdiff_t>(acc.shape(1)),
+                             w_scale.data(), per_row, x_scale ? x_scale->data() : nullptr, m, n, accumulate, y.data(),
+                             n);
 }
 
 template <Kernels::Quantize Kernels::* kKernel>
@@ -263,9 +255,8 @@ void bind_kernels(nb::module_& m) {
   m.doc() = "The kernels of each instruction set, one function per entry; outputs are written in place.";
   m.def("dot_tile", &dot_tile, "isa"_a, "encoding"_a, "tile"_a, "x"_a, "sums"_a, "out"_a);
   m.def("dot_pair", &dot_pair, "isa"_a, "tiles"_a, "x"_a, "sums"_a, "k"_a, "out"_a);
-  m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "w_scale"_a, "stride"_a, "x_scale"_a.none(), "accumulate"_a,
-        "y"_a);
-  m.def("scale_sums15", &scale_sums15, "isa"_a, "hi"_a, "lo"_a, "w_scale"_a, "x_scale"_a, "y"_a);
+  m.def("scale_sums", &scale_sums, "isa"_a, "acc"_a, "lo"_a.none(), "w_scale"_a, "per_row"_a, "x_scale"_a.none(),
+        "accumulate"_a, "y"_a);
   m.def("quantize_a8", &quantize<&Kernels::quantize_a8>, "isa"_a, "x"_a, "codes"_a);
   m.def("quantize_a4", &quantize<&Kernels::quantize_a4>, "isa"_a, "x"_a, "codes"_a);
   m.def("quantize_a1", &quantize<&Kernels::quantize_a1>, "isa"_a, "x"_a, "codes"_a);

@@ -172,18 +172,20 @@ class Tensors {
     return matrix;
   }
 
-  PackedMatrix matrix(const std::string& name, std::int64_t n, std::int64_t k, bool is_linear) {
+  // codes: t80, r64 or b128 are expected; q8: 8-bit rows are.
+  PackedMatrix matrix(const std::string& name, std::int64_t n, std::int64_t k, bool codes, bool q8) {
     const nb::handle value = find(name);
     require(nb::isinstance<PackedArrays>(value), name, ": expected a PackedMatrix");
     const auto& packed = nb::cast<const PackedArrays&>(value);
     const PackedMatrix& matrix = packed.matrix;
     require(matrix.n == n && matrix.k == k, name, ": expected shape ", shape_text({n, k}), ", not ",
             shape_text({matrix.n, matrix.k}));
-    const bool is_row_wise = matrix.encoding == onebit::Encoding::kQ8 || matrix.encoding == onebit::Encoding::kQ4;
-    const bool is_expected = is_linear ? !is_row_wise : matrix.encoding == onebit::Encoding::kQ8;
+    const bool is_q8 = matrix.encoding == onebit::Encoding::kQ8;
+    const bool is_expected = is_q8 ? q8 : codes && matrix.encoding != onebit::Encoding::kQ4;
     const char* encoding = onebit::kEncodingNames[static_cast<int>(matrix.encoding)];
-    require(is_expected, name, ": encoding ", encoding, "; expected ", (is_linear ? "t80, r64 or b128" : "q8"));
-    require(is_linear || (matrix.scale_per_row && matrix.group == 0), name, ": expected one scale per row");
+    require(is_expected, name, ": encoding ", encoding, "; expected ",
+            (codes ? q8 ? "q8, t80, r64 or b128" : "t80, r64 or b128" : "q8"));
+    require(!is_q8 || (matrix.scale_per_row && matrix.group == 0), name, ": expected one scale per row");
     owners_.push_back(packed.data);
     owners_.push_back(packed.scale);
     return matrix;
@@ -232,9 +234,12 @@ onebit::ModelConfig read_config(nb::handle config) {
       .norm_eps = nb::cast<float>(config.attr("norm_eps")),
       .activation = choose<FfnActivation>(config, "activation",
                                           {{"silu", FfnActivation::kSilu}, {"relu2", FfnActivation::kRelu2}}),
-      .activations = choose<Activations>(
-          config, "activations",
-          {{"a8", Activations::kA8}, {"a4", Activations::kA4}, {"a1", Activations::kA1}, {"none", Activations::kNone}}),
+      .activations = choose<Activations>(config, "activations",
+                                         {{"a15", Activations::kA15},
+                                          {"a8", Activations::kA8},
+                                          {"a4", Activations::kA4},
+                                          {"a1", Activations::kA1},
+                                          {"none", Activations::kNone}}),
       .sub_norm = nb::cast<bool>(config.attr("sub_norm")),
       .qk_norm = nb::cast<bool>(config.attr("qk_norm")),
       .qkv_bias = nb::cast<bool>(config.attr("qkv_bias")),
@@ -242,19 +247,21 @@ onebit::ModelConfig read_config(nb::handle config) {
 }
 
 void read_rows(const onebit::ModelConfig& config, bool tied_head, Tensors& tensors, onebit::ModelWeights& weights) {
-  const auto q8 = [&](const char* name) { return tensors.matrix(name, config.vocab_size, config.d_model, false); };
+  const auto packed = [&](const char* name, bool codes) {
+    return tensors.matrix(name, config.vocab_size, config.d_model, codes, true);
+  };
   const auto bf16 = [&](const char* name) { return tensors.bf16(name, config.vocab_size, config.d_model); };
   if (tensors.is_packed("embed.weight")) {
-    weights.embed = q8("embed.weight");
+    weights.embed = packed("embed.weight", true);
   } else {
     weights.embed_bf16 = bf16("embed.weight");
   }
   const char* head = tied_head ? "embed.weight" : "head.weight";
   if (tensors.is_packed(head)) {
-    weights.head.q8 = q8(head);
+    weights.head.rows = packed(head, true);
   } else {
     weights.head.bf16 = bf16(head);
-    weights.head.q8 = q8("shortlist.weight");
+    weights.head.rows = packed("shortlist.weight", false);
     weights.head.bounds = tensors.table("shortlist.bounds", 2, config.vocab_size);
   }
 }
@@ -271,7 +278,7 @@ onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_h
       const std::string full = prefix + name + ".weight";
       // Dense activations go with dense weights, and with no others.
       if (config.activations == onebit::Activations::kNone) return tensors.dense(full, n, k);
-      return tensors.matrix(full, n, k, true);
+      return tensors.matrix(full, n, k, true, false);
     };
     const auto gain = [&](const char* name, std::int64_t n) {
       return tensors.gain(prefix + name + ".weight", static_cast<int>(n));
@@ -322,6 +329,10 @@ OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, 
           "config: n_kv_heads must divide n_heads, and d_head must be even");
   Tensors source(std::move(tensors));
   onebit::ModelWeights weights = read_weights(values, nb::cast<bool>(config.attr("tied_head")), source);
+  const auto head_encoding = weights.head.rows.encoding;
+  require(!int4_shortlist || head_encoding == onebit::Encoding::kQ8, "shortlist int4: the head is ",
+          onebit::kEncodingNames[static_cast<int>(head_encoding)],
+          " codes, smaller than a shortlist; load the model without one");
   weights.head.int4_shortlist = int4_shortlist;
   const auto frequencies = array<float>(inv_freq, "inv_freq", 1);
   require(frequencies.size(0) == values.d_head / 2, "inv_freq: expected d_head / 2 values");

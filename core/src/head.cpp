@@ -29,26 +29,28 @@ Head::Head(const HeadWeights& weights, const Kernels& kernels, ThreadPool& pool)
   if (weights_.int4_shortlist) {
     halve(pool);
   } else if (weights_.bf16) {
-    shortlist_ = weights_.q8;
+    shortlist_ = weights_.rows;
+  } else if (kernels.prefers_r64 && weights_.rows.encoding == Encoding::kT80) {
+    weights_.rows = to_r64(pool, weights_.rows, r64_);
   }
-  const int n = weights_.q8.n;
+  const int n = weights_.rows.n;
   if (shortlist_.data) largest_norm_ = *std::max_element(bounds_ + n, bounds_ + 2 * static_cast<std::ptrdiff_t>(n));
 }
 
 // ---- An int4 shortlist from the Q8 rows ----
 
 void Head::halve(ThreadPool& pool) {
-  const std::size_t n = weights_.q8.n;
+  const std::size_t n = weights_.rows.n;
   constexpr int kRows = tile_rows(Encoding::kQ4);
-  const int n_tiles = (weights_.q8.n + kRows - 1) / kRows;
-  q4_.reserve(static_cast<std::size_t>(n_tiles) * kBlock * pad_inputs(weights_.q8.k));
+  const int n_tiles = (weights_.rows.n + kRows - 1) / kRows;
+  q4_.reserve(static_cast<std::size_t>(n_tiles) * kBlock * pad_inputs(weights_.rows.k));
   q4_scale_.reserve(n);
   q4_bounds_.reserve(2 * n);
   pool.begin();
   pool.run(n_tiles, [&](int, int begin, int end) {
     for (int tile = begin; tile < end; ++tile) halve_tile(tile);
   });
-  shortlist_ = weights_.q8;
+  shortlist_ = weights_.rows;
   shortlist_.encoding = Encoding::kQ4;
   shortlist_.data = q4_.get();
   shortlist_.scale = q4_scale_.get();
@@ -58,8 +60,8 @@ void Head::halve(ThreadPool& pool) {
 // Both layouts hold an input of a lane at the same byte, and a tile of Q4 holds the rows of two tiles of Q8.
 void Head::halve_tile(int tile) {
   constexpr int kUnit = 64;
-  const std::size_t n = weights_.q8.n;
-  const std::size_t tile_bytes = static_cast<std::size_t>(kBlock) * pad_inputs(weights_.q8.k);
+  const std::size_t n = weights_.rows.n;
+  const std::size_t tile_bytes = static_cast<std::size_t>(kBlock) * pad_inputs(weights_.rows.k);
   std::uint8_t* out = q4_.get() + tile * tile_bytes;
   for (int half = 0; half < 2; ++half) {
     const std::size_t block = 2 * static_cast<std::size_t>(tile) + half;
@@ -67,7 +69,7 @@ void Head::halve_tile(int tile) {
       for (std::size_t i = 0; i < tile_bytes; ++i) out[i] |= 8 << 4;
       return;
     }
-    const std::uint8_t* q8 = weights_.q8.data + block * tile_bytes;
+    const std::uint8_t* q8 = weights_.rows.data + block * tile_bytes;
     std::int32_t squares[kUnit] = {};
     for (std::size_t unit = 0; unit < tile_bytes; unit += kUnit) {
       for (int i = 0; i < kUnit; ++i) {
@@ -80,11 +82,11 @@ void Head::halve_tile(int tile) {
     for (std::size_t row = block * kBlock; row < std::min(n, (block + 1) * kBlock); ++row) {
       const std::int32_t* of_row = squares + 4 * (row % kBlock);
       const double square = static_cast<double>(of_row[0]) + of_row[1] + of_row[2] + of_row[3];
-      const float scale = weights_.q8.scale[row];
+      const float scale = weights_.rows.scale[row];
       const float error = scale * static_cast<float>(std::sqrt(square));
       q4_scale_.get()[row] = 16.0f * scale;
       q4_bounds_.get()[row] = weights_.bounds ? weights_.bounds[row] + error : error;
-      const float most = 127.0f * scale * std::sqrt(static_cast<float>(weights_.q8.k));
+      const float most = 127.0f * scale * std::sqrt(static_cast<float>(weights_.rows.k));
       q4_bounds_.get()[n + row] = weights_.bounds ? weights_.bounds[n + row] : most;
     }
   }
@@ -94,8 +96,8 @@ void Head::halve_tile(int tile) {
 
 void Head::forward(ThreadPool& pool, int n_rows, const std::int32_t* top_k, float* logits) {
   if (n_rows == 0) return;
-  const int n = weights_.q8.n;
-  const int d = weights_.q8.k;
+  const int n = weights_.rows.n;
+  const int d = weights_.rows.k;
   const int k = top_k ? *std::max_element(top_k, top_k + n_rows) : 0;
   const bool needs_all =
       !shortlist_.data || !top_k || *std::min_element(top_k, top_k + n_rows) == 0 || k > n / kMaxShare;
@@ -112,10 +114,11 @@ void Head::forward(ThreadPool& pool, int n_rows, const std::int32_t* top_k, floa
     return;
   }
   quantize(pool, n_rows);
-  if (needs_all) return linear15(kernels_, pool, weights_.q8, codes_, logits);
+  const LinearOutput output[] = {{needs_all ? &weights_.rows : &shortlist_, logits}};
+  linear(kernels_, pool, output, codes_);
+  if (needs_all) return;
 
-  // Approximations of all, exact values of the best k, and of whatever may be better than the k-th of these.
-  linear15(kernels_, pool, shortlist_, codes_, logits);
+  // These were approximations. Exact values of the best k, and of whatever may be better than the k-th of these.
   const int n_shares = pool.size();
   best_.reserve(static_cast<std::size_t>(n_shares) * n_rows * k);
   std::fill_n(n_best_.reserve(static_cast<std::size_t>(n_shares) * n_rows), n_shares * n_rows, 0);
@@ -142,11 +145,11 @@ void Head::forward(ThreadPool& pool, int n_rows, const std::int32_t* top_k, floa
 }
 
 void Head::quantize(ThreadPool& pool, int n_rows) {
-  codes_.resize(weights_.q8, n_rows, 2);
+  codes_.resize(weights_.rows, n_rows, Activations::kA15);
   bounds_R_.reserve(n_rows);
   pool.run(n_rows, [&](int, int begin, int end) {
     for (int r = begin; r < end; ++r) {
-      codes_.write15(kernels_, h_RD_.get() + static_cast<std::size_t>(r) * weights_.q8.k, r);
+      codes_.write(kernels_, h_RD_.get() + static_cast<std::size_t>(r) * weights_.rows.k, r);
       if (shortlist_.data) bounds_R_.get()[r] = bound(r);
     }
   });
@@ -154,7 +157,7 @@ void Head::quantize(ThreadPool& pool, int n_rows) {
 
 // The proof is in docs/numerics.md; names as there.
 Head::Bound Head::bound(int row) const {
-  const int d = weights_.q8.k;
+  const int d = weights_.rows.k;
   const float* x = h_RD_.get() + static_cast<std::size_t>(row) * d;
   const std::int8_t* hi = codes_.row_codes(0, row);
   const std::int8_t* lo = codes_.row_codes(1, row);
@@ -195,7 +198,7 @@ bool Head::ranks_before(const Scored& a, const Scored& b) {
 void Head::find_best(int share, int begin, int end, int n_rows, int k, const float* logits) {
   constexpr int kRun = 64;
   for (std::size_t r = 0; r < static_cast<std::size_t>(n_rows); ++r) {
-    const float* scores = logits + r * weights_.q8.n;
+    const float* scores = logits + r * weights_.rows.n;
     Scored* best = best_.get() + (static_cast<std::size_t>(share) * n_rows + r) * k;
     int n_best = 0;
     // NaN is never above, and so never among the best.
@@ -255,7 +258,7 @@ float Head::threshold(const Scored* best, std::int64_t n_best, int k) const {
 // ---- Exact logits of the candidates ----
 
 void Head::keep_candidates(int block, int n_rows, float* logits) const {
-  const std::size_t n = weights_.q8.n;
+  const std::size_t n = weights_.rows.n;
   const std::size_t first = static_cast<std::size_t>(block) * kBlock;
   const int count = static_cast<int>(std::min<std::size_t>(kBlock, n - first));
   const float* errors = bounds_ + first;
@@ -282,8 +285,8 @@ void Head::keep_candidates(int block, int n_rows, float* logits) const {
 }
 
 void Head::score_block(int block, int row, const bool* is_wanted, float* scores) const {
-  if (!weights_.bf16) return linear15_tile(kernels_, weights_.q8, block, codes_, row, scores);
-  const int d = weights_.q8.k;
+  if (!weights_.bf16) return linear_tile(kernels_, weights_.rows, block, codes_, row, scores);
+  const int d = weights_.rows.k;
   const float* x = h_RD_.get() + static_cast<std::size_t>(row) * d;
   for (int j = 0; j < kBlock; ++j) {
     const std::uint16_t* w = weights_.bf16 + (static_cast<std::size_t>(block) * kBlock + j) * pad_inputs(d);

@@ -60,46 +60,42 @@ void dense_tile(const Kernels& kernels, const LinearOutput& output, int tile, co
   }
 }
 
-void linear_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x,
-                 std::int32_t* sums, std::int32_t* part) {
-  const PackedMatrix& matrix = *output.matrix;
-  if (matrix.bf16) return dense_tile(kernels, output, tile, x);
+// Outputs of one tile, [m, ldy], for rows [row, row + m). sums, part: room for m sums of each plane.
+void scaled_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row, int m,
+                 std::int32_t* sums, std::int32_t* part, float* y, std::ptrdiff_t ldy) {
   const int rows = tile_rows(matrix.encoding);
   const int first = tile * rows;
   const int n = std::min(rows, matrix.n - first);
-  const std::ptrdiff_t stride = matrix.scale_per_row ? x.chunks.n_groups : 0;
-  const float* w_scale = matrix.scale + first * stride;
-  const int step = pass_rows(x);
-  for (int row = 0; row < x.n_rows; row += step) {
-    const int m = std::min(step, x.n_rows - row);
-    float* y = output.y + static_cast<std::size_t>(row) * matrix.n + first;
-    for (int group = 0; group < x.chunks.n_groups; ++group) {
-      dot_group(kernels, matrix, tile, group, x, 0, row, m, sums, part);
-      const float* x_scale = group + 1 == x.chunks.n_groups ? x.scale.get() + row : nullptr;
-      kernels.scale_sums(sums, rows, w_scale + group, stride, x_scale, m, n, group > 0, y, matrix.n);
+  const int n_groups = x.chunks.n_groups;
+  const float* w_scale = matrix.scale + (matrix.scale_per_row ? first : 0);
+  float of_group[kMaxTileRows];
+  std::int32_t* lo = x.n_planes == 2 ? sums + static_cast<std::ptrdiff_t>(m) * rows : nullptr;
+  for (int group = 0; group < n_groups; ++group) {
+    if (n_groups > 1) {
+      const float* scale = matrix.scale + static_cast<std::ptrdiff_t>(first) * n_groups + group;
+      for (std::ptrdiff_t j = 0; j < n; ++j) of_group[j] = scale[j * n_groups];
+      w_scale = of_group;
     }
+    if (m == x.n_rows) {
+      dot_group(kernels, matrix, tile, group, x, 0, row, x.n_planes * m, sums, part);
+    } else {
+      dot_group(kernels, matrix, tile, group, x, 0, row, m, sums, part);
+      if (lo) dot_group(kernels, matrix, tile, group, x, 1, row, m, lo, part);
+    }
+    const float* x_scale = group + 1 == n_groups ? x.scale.get() + row : nullptr;
+    kernels.scale_sums(sums, lo, rows, w_scale, matrix.scale_per_row, x_scale, m, n, group > 0, y, ldy);
   }
 }
 
-void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x,
-                   std::int32_t* hi, std::int32_t* part, float* logits) {
-  const int rows = tile_rows(matrix.encoding);
-  const int first = tile * rows;
-  const int n = std::min(rows, matrix.n - first);
+void output_tile(const Kernels& kernels, const LinearOutput& output, int tile, const QuantizedRows& x,
+                 std::int32_t* sums, std::int32_t* part) {
+  const PackedMatrix& matrix = *output.matrix;
+  if (matrix.bf16) return dense_tile(kernels, output, tile, x);
   const int step = pass_rows(x);
   for (int row = 0; row < x.n_rows; row += step) {
     const int m = std::min(step, x.n_rows - row);
-    std::int32_t* lo = hi + m * rows;
-    if (m == x.n_rows) {
-      dot_group(kernels, matrix, tile, 0, x, 0, 0, 2 * m, hi, part);
-    } else {
-      dot_group(kernels, matrix, tile, 0, x, 0, row, m, hi, part);
-      dot_group(kernels, matrix, tile, 0, x, 1, row, m, lo, part);
-    }
-    for (int i = 0; i < m; ++i) {
-      kernels.scale_sums15(hi + i * rows, lo + i * rows, matrix.scale + first, x.scale.get()[row + i], n,
-                           logits + static_cast<std::size_t>(row + i) * matrix.n + first);
-    }
+    float* y = output.y + static_cast<std::size_t>(row) * matrix.n + tile * tile_rows(matrix.encoding);
+    scaled_tile(kernels, matrix, tile, x, row, m, sums, part, y, matrix.n);
   }
 }
 
@@ -158,40 +154,45 @@ Chunks Chunks::of(const PackedMatrix& matrix) {
 
 int Chunks::length(int chunk) const { return std::min(kMaxDotInputs, group - chunk % per_group * kMaxDotInputs); }
 
-void QuantizedRows::resize(const PackedMatrix& matrix, int rows, int planes) {
+void QuantizedRows::resize(const PackedMatrix& matrix, int rows, Activations kind) {
+  activations = kind;
   n_rows = rows;
-  n_planes = planes;
+  n_planes = kind == Activations::kA15 ? 2 : 1;
   k = matrix.k;
   ld = pad_inputs(k);
-  if (matrix.bf16) {
+  if (kind == Activations::kNone) {
     floats.reserve(static_cast<std::size_t>(rows) * ld);
     return;
   }
   chunks = Chunks::of(matrix);
-  codes.reserve(static_cast<std::size_t>(rows) * planes * ld);
-  sums.reserve(static_cast<std::size_t>(rows) * planes * chunks.count());
+  codes.reserve(static_cast<std::size_t>(rows) * n_planes * ld);
+  sums.reserve(static_cast<std::size_t>(rows) * n_planes * chunks.count());
   scale.reserve(rows);
 }
 
-void QuantizedRows::write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row) {
-  if (!quantize) {
-    std::copy_n(x, k, floats.get() + static_cast<std::size_t>(row) * ld);
-    return;
+void QuantizedRows::write(const Kernels& kernels, const float* x, int row) {
+  switch (activations) {
+    case Activations::kNone:
+      std::copy_n(x, k, floats.get() + static_cast<std::size_t>(row) * ld);
+      return;
+    case Activations::kA15:
+      kernels.quantize_a15(x, k, ld, row_codes(0, row), row_codes(1, row), scale.get() + row);
+      break;
+    case Activations::kA8:
+      kernels.quantize_a8(x, k, ld, row_codes(0, row), scale.get() + row);
+      break;
+    case Activations::kA4:
+      kernels.quantize_a4(x, k, ld, row_codes(0, row), scale.get() + row);
+      break;
+    case Activations::kA1:
+      kernels.quantize_a1(x, k, ld, row_codes(0, row), scale.get() + row);
+      break;
   }
-  quantize(x, k, ld, row_codes(0, row), scale.get() + row);
-  write_sums(kernels, 0, row);
-}
-
-void QuantizedRows::write15(const Kernels& kernels, const float* x, int row) {
-  kernels.quantize_a15(x, k, ld, row_codes(0, row), row_codes(1, row), scale.get() + row);
-  write_sums(kernels, 0, row);
-  write_sums(kernels, 1, row);
-}
-
-void QuantizedRows::write_sums(const Kernels& kernels, int plane, int row) {
   for (int chunk = 0; chunk < chunks.count(); ++chunk) {
-    sums.get()[(static_cast<std::size_t>(chunk) * n_planes + plane) * n_rows + row] =
-        kernels.sum_codes(row_codes(plane, row) + chunks.begin(chunk), chunks.length(chunk));
+    for (int plane = 0; plane < n_planes; ++plane) {
+      sums.get()[(static_cast<std::size_t>(chunk) * n_planes + plane) * n_rows + row] =
+          kernels.sum_codes(row_codes(plane, row) + chunks.begin(chunk), chunks.length(chunk));
+    }
   }
 }
 
@@ -208,30 +209,17 @@ void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutp
     for (const LinearOutput& output : outputs) {
       const int n = n_tiles(*output.matrix);
       for (int item = std::max(begin, first); item < std::min(end, first + n); ++item) {
-        linear_tile(kernels, output, item - first, x, x.tile_sums(share, 0), x.tile_sums(share, 1));
+        output_tile(kernels, output, item - first, x, x.tile_sums(share, 0), x.tile_sums(share, x.n_planes));
       }
       first += n;
     }
   });
 }
 
-void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, QuantizedRows& x, float* y) {
-  x.acc.reserve(static_cast<std::size_t>(pool.size()) * QuantizedRows::kSumTiles * pass_rows(x) * kMaxTileRows);
-  pool.run(n_tiles(matrix), [&](int share, int begin, int end) {
-    for (int tile = begin; tile < end; ++tile) {
-      linear15_tile(kernels, matrix, tile, x, x.tile_sums(share, 0), x.tile_sums(share, 2), y);
-    }
-  });
-}
-
-void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,
-                   float* y) noexcept {
-  const int rows = tile_rows(matrix.encoding);
-  const int first = tile * rows;
-  alignas(64) std::int32_t hi[kMaxTileRows], lo[kMaxTileRows], part[kMaxTileRows];
-  dot_group(kernels, matrix, tile, 0, x, 0, row, 1, hi, part);
-  dot_group(kernels, matrix, tile, 0, x, 1, row, 1, lo, part);
-  kernels.scale_sums15(hi, lo, matrix.scale + first, x.scale.get()[row], std::min(rows, matrix.n - first), y);
+void linear_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,
+                 float* y) noexcept {
+  alignas(64) std::int32_t sums[2 * kMaxTileRows], part[2 * kMaxTileRows];
+  scaled_tile(kernels, matrix, tile, x, row, 1, sums, part, y, matrix.n);
 }
 
 }  // namespace onebit

@@ -18,20 +18,6 @@ namespace {
 // wide activations stay small.
 constexpr int kFfnTokens = 160;
 
-Kernels::Quantize quantizer(const Kernels& kernels, Activations activations) {
-  switch (activations) {
-    case Activations::kA4:
-      return kernels.quantize_a4;
-    case Activations::kA1:
-      return kernels.quantize_a1;
-    case Activations::kNone:
-      return nullptr;
-    case Activations::kA8:
-      break;
-  }
-  return kernels.quantize_a8;
-}
-
 }  // namespace
 
 struct Model::Workspace {
@@ -63,7 +49,6 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& ker
     : config_(config),
       weights_(std::move(weights)),
       kernels_(kernels),
-      quantize_(quantizer(kernels, config.activations)),
       pool_(n_threads),
       attention_(kernels, config.n_heads, config.n_kv_heads, config.d_head, n_threads),
       head_(weights_.head, kernels, pool_),
@@ -145,13 +130,13 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   const int q_width = config_.n_heads * d_head;
   const int kv_width = n_kv_heads * d_head;
 
-  w.codes.resize(weights.q, batch.n_tokens, 1);
+  w.codes.resize(weights.q, batch.n_tokens, config_.activations);
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
       kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(t) * d_model, weights.attn_norm, config_.norm_eps,
                         d_model, h_D);
-      w.codes.write(kernels_, quantize_, h_D, t);
+      w.codes.write(kernels_, h_D, t);
     }
   });
   const LinearOutput qkv[] = {{&weights.q, w.q_TNH}, {&weights.k, w.k_TKH}, {&weights.v, w.v_TKH}};
@@ -185,7 +170,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   });
   attention_.run(pool_, batch, cache, layer, w.q_TNH);
 
-  w.codes.resize(weights.o, batch.n_tokens, 1);
+  w.codes.resize(weights.o, batch.n_tokens, config_.activations);
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const float* a_NH = w.q_TNH + static_cast<std::size_t>(t) * q_width;
@@ -193,7 +178,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
         kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(share, 0));
         a_NH = w.row(share, 0);
       }
-      w.codes.write(kernels_, quantize_, a_NH, t);
+      w.codes.write(kernels_, a_NH, t);
     }
   });
   const LinearOutput o[] = {{&weights.o, w.y_TD}};
@@ -213,20 +198,20 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
   const int d_model = config_.d_model;
   const int d_ff = config_.d_ff;
 
-  w.codes.resize(layer.gate, n_tokens, 1);
+  w.codes.resize(layer.gate, n_tokens, config_.activations);
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
       kernels_.rms_norm(w.x_TD.get() + static_cast<std::size_t>(first + t) * d_model, layer.ffn_norm, config_.norm_eps,
                         d_model, h_D);
-      w.codes.write(kernels_, quantize_, h_D, t);
+      w.codes.write(kernels_, h_D, t);
     }
   });
   const LinearOutput gate_up[] = {{&layer.gate, w.gate_TF}, {&layer.up, w.up_TF}};
   linear(kernels_, pool_, gate_up, w.codes);
 
   const auto activate = config_.activation == FfnActivation::kSilu ? kernels_.silu_mul : kernels_.relu2_mul;
-  w.codes.resize(layer.down, n_tokens, 1);
+  w.codes.resize(layer.down, n_tokens, config_.activations);
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       float* f_F = w.row(share, 0);
@@ -235,7 +220,7 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
         kernels_.rms_norm(f_F, layer.ffn_sub_norm, config_.norm_eps, d_ff, w.row(share, 1));
         f_F = w.row(share, 1);
       }
-      w.codes.write(kernels_, quantize_, f_F, static_cast<int>(t));
+      w.codes.write(kernels_, f_F, static_cast<int>(t));
     }
   });
   const LinearOutput down[] = {{&layer.down, w.y_TD}};
@@ -265,15 +250,23 @@ void Model::add_residual(int first, int n_tokens) {
   });
 }
 
-// Byte 4 * (row % 16) + k % 4 of unit k / 4 of the row's tile holds code + 128.
+// Byte 4 * (row % 16) + k % 4 of unit k / 4 of the row's tile holds its code.
 void embed_row(const PackedMatrix& matrix, int row, float* x) noexcept {
-  constexpr int kRows = tile_rows(Encoding::kQ8);
-  const std::size_t tile_bytes = static_cast<std::size_t>(pad_inputs(matrix.k)) * kRows;
-  const std::uint8_t* lane = matrix.data + row / kRows * tile_bytes + 4 * (row % kRows);
-  const float scale = matrix.scale[row];
-  for (int k = 0; k < matrix.k; ++k) {
-    const int code = lane[static_cast<std::size_t>(k / 4) * 64 + k % 4] - 128;
-    x[k] = static_cast<float>(code) * scale;
+  constexpr int kLanes = 16;
+  const int rows = tile_rows(matrix.encoding);
+  const std::size_t tile_bytes = static_cast<std::size_t>(pad_inputs(matrix.k)) * kLanes;
+  const std::uint8_t* lane = matrix.data + row / rows * tile_bytes + 4 * (row % kLanes);
+  float code[256];
+  for (int byte = 0; byte < 256; ++byte) {
+    code[byte] = static_cast<float>(code_of(matrix.encoding, byte, row % rows / kLanes));
+  }
+  const int group = matrix.group ? matrix.group : matrix.k;
+  const float* scale = matrix.scale;
+  if (matrix.scale_per_row) scale += static_cast<std::size_t>(row) * (matrix.k / group);
+  for (int begin = 0; begin < matrix.k; begin += group, ++scale) {
+    for (int k = begin; k < begin + group; ++k) {
+      x[k] = code[lane[static_cast<std::size_t>(k / 4) * 64 + k % 4]] * *scale;
+    }
   }
 }
 

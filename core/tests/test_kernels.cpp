@@ -152,24 +152,20 @@ void test_sum_codes() {
 void test_scales() {
   Random random;
   constexpr int kLd = 130;
-  std::vector<std::int32_t> acc(3 * kLd);
+  std::vector<std::int32_t> acc(6 * kLd);
   for (auto& sum : acc) sum = static_cast<std::int32_t>(random.next());
   acc[0] = std::numeric_limits<std::int32_t>::min();
   acc[kLd] = std::numeric_limits<std::int32_t>::max();
-  const std::vector<float> w_scale = random.values(3 * kLd);
+  const std::int32_t* lo = acc.data() + 3 * static_cast<std::ptrdiff_t>(kLd);
+  const std::vector<float> w_scale = random.values(kLd);
   const float x_scale[] = {0.37f, 1e-7f, 3.0f};
   for (const int n : {1, 15, 16, 33, 128}) {
-    for (const int stride : {0, 1, 3}) {
-      for (int options = 0; options < 4; ++options) {
-        compare("scale_sums", n, 4 * stride + options, random.values(3 * n), [&](const Kernels& table, float* y) {
-          table.scale_sums(acc.data(), kLd, w_scale.data(), stride, options & 1 ? x_scale : nullptr, 3, n, options & 2,
-                           y, n);
-        });
-      }
+    for (int options = 0; options < 16; ++options) {
+      compare("scale_sums", n, options, random.values(3 * n), [&](const Kernels& table, float* y) {
+        table.scale_sums(acc.data(), options & 4 ? lo : nullptr, kLd, w_scale.data(), options & 8,
+                         options & 1 ? x_scale : nullptr, 3, n, options & 2, y, n);
+      });
     }
-    compare<float>("scale_sums15", n, 0, n, [&](const Kernels& table, float* y) {
-      table.scale_sums15(acc.data(), acc.data() + kLd, w_scale.data(), 0.37f, n, y);
-    });
   }
 }
 

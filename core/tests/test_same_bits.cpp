@@ -17,63 +17,85 @@ using namespace onebit;
 
 constexpr int kVocab = 97;
 constexpr int kLayers = 2;
-constexpr int kModel = 72;
 constexpr int kHeads = 6;
 constexpr int kKvHeads = 2;
 constexpr int kHead = 24;
-constexpr int kFf = 200;
 constexpr int kBlocks = 5;
+
+enum class HeadKind { kQ8, kBf16, kCodes };
 
 struct Case {
   Encoding encoding;
   FfnActivation activation;
   Activations activations;
   bool sub_norm;
-  bool bf16_head;
+  HeadKind head;
   KvFormat cache;
   bool norms_and_biases;
+  int group;  // inputs that share a scale, or 0
   std::uint64_t hash;
+
+  // Widths that need padding, or hold whole groups.
+  int d_model() const { return group ? 96 : 72; }
+  int d_ff() const { return group ? 192 : 200; }
 };
 
 constexpr Case kCases[] = {
-    {Encoding::kT80, FfnActivation::kSilu, Activations::kA8, false, false, KvFormat::kBf16, false, 0x4d85ce8574b00499},
-    {Encoding::kR64, FfnActivation::kRelu2, Activations::kA8, true, false, KvFormat::kBf16, false, 0x45f005ea422d06d6},
-    {Encoding::kB128, FfnActivation::kSilu, Activations::kA4, true, true, KvFormat::kBf16, false, 0xbb26c1fd0a4ac7af},
-    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA1, false, true, KvFormat::kBf16, false, 0x9046f4cf54bd03eb},
-    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA8, true, false, KvFormat::kInt8, true, 0x4b8f7f80f8733873},
-    {Encoding::kR64, FfnActivation::kSilu, Activations::kA8, false, false, KvFormat::kFp8, true, 0xfedd1640524e6f12},
+    {Encoding::kT80, FfnActivation::kSilu, Activations::kA8, false, HeadKind::kQ8, KvFormat::kBf16, false, 0,
+     0x4d85ce8574b00499},
+    {Encoding::kR64, FfnActivation::kRelu2, Activations::kA8, true, HeadKind::kQ8, KvFormat::kBf16, false, 0,
+     0x45f005ea422d06d6},
+    {Encoding::kB128, FfnActivation::kSilu, Activations::kA4, true, HeadKind::kBf16, KvFormat::kBf16, false, 0,
+     0xbb26c1fd0a4ac7af},
+    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA1, false, HeadKind::kBf16, KvFormat::kBf16, false, 0,
+     0x9046f4cf54bd03eb},
+    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA8, true, HeadKind::kQ8, KvFormat::kInt8, true, 0,
+     0x4b8f7f80f8733873},
+    {Encoding::kR64, FfnActivation::kSilu, Activations::kA8, false, HeadKind::kQ8, KvFormat::kFp8, true, 0,
+     0xfedd1640524e6f12},
     // Dense: no encoding is used.
-    {Encoding::kQ8, FfnActivation::kSilu, Activations::kNone, false, true, KvFormat::kInt8, false, 0x10caf02565edc9ec},
+    {Encoding::kQ8, FfnActivation::kSilu, Activations::kNone, false, HeadKind::kBf16, KvFormat::kInt8, false, 0,
+     0x10caf02565edc9ec},
+    // 15 bits of activations; groups; embedding and head as codes.
+    {Encoding::kT80, FfnActivation::kSilu, Activations::kA15, false, HeadKind::kCodes, KvFormat::kBf16, false, 0,
+     0xb6d7b9d179b4f7c4},
+    {Encoding::kB128, FfnActivation::kSilu, Activations::kA15, false, HeadKind::kCodes, KvFormat::kInt8, true, 48,
+     0xc2cf5c4f156b565a},
+    {Encoding::kR64, FfnActivation::kRelu2, Activations::kA15, true, HeadKind::kBf16, KvFormat::kBf16, false, 48,
+     0xc71146914ad6210b},
 };
 
 // A model of random bytes, which mean the same everywhere, and the memory that it borrows.
 class RandomModel {
  public:
   explicit RandomModel(const Case& what) : case_(what) {
+    const int d_model = what.d_model();
+    const int d_ff = what.d_ff();
     for (int layer = 0; layer < kLayers; ++layer) {
       constexpr int kWidth = kHeads * kHead;
-      weights_.layers.push_back({.attn_norm = gains(kModel),
+      weights_.layers.push_back({.attn_norm = gains(d_model),
                                  .attn_sub_norm = what.sub_norm ? gains(kWidth) : nullptr,
                                  .q_norm = what.norms_and_biases ? gains(kHead) : nullptr,
                                  .k_norm = what.norms_and_biases ? gains(kHead) : nullptr,
-                                 .q = linear(kWidth, kModel),
-                                 .k = linear(kKvHeads * kHead, kModel),
-                                 .v = linear(kKvHeads * kHead, kModel),
-                                 .o = linear(kModel, kWidth),
+                                 .q = linear(kWidth, d_model),
+                                 .k = linear(kKvHeads * kHead, d_model),
+                                 .v = linear(kKvHeads * kHead, d_model),
+                                 .o = linear(d_model, kWidth),
                                  .q_bias = what.norms_and_biases ? gains(kWidth) : nullptr,
                                  .k_bias = what.norms_and_biases ? gains(kKvHeads * kHead) : nullptr,
                                  .v_bias = what.norms_and_biases ? gains(kKvHeads * kHead) : nullptr,
-                                 .ffn_norm = gains(kModel),
-                                 .ffn_sub_norm = what.sub_norm ? gains(kFf) : nullptr,
-                                 .gate = linear(kFf, kModel),
-                                 .up = linear(kFf, kModel),
-                                 .down = linear(kModel, kFf)});
+                                 .ffn_norm = gains(d_model),
+                                 .ffn_sub_norm = what.sub_norm ? gains(d_ff) : nullptr,
+                                 .gate = linear(d_ff, d_model),
+                                 .up = linear(d_ff, d_model),
+                                 .down = linear(d_model, d_ff)});
     }
-    weights_.embed = matrix(Encoding::kQ8, kVocab, kModel);
-    weights_.norm = gains(kModel);
-    weights_.head.q8 = matrix(Encoding::kQ8, kVocab, kModel);
-    if (what.bf16_head) {
-      weights_.head.bf16 = halves_.emplace_back(random_.halves(kVocab * pad_inputs(kModel))).data();
+    const Encoding rows = what.head == HeadKind::kCodes ? what.encoding : Encoding::kQ8;
+    weights_.embed = matrix(rows, kVocab, d_model);
+    weights_.norm = gains(d_model);
+    weights_.head.rows = matrix(rows, kVocab, d_model);
+    if (what.head == HeadKind::kBf16) {
+      weights_.head.bf16 = halves_.emplace_back(random_.halves(kVocab * pad_inputs(d_model))).data();
       weights_.head.bounds = gains(2 * kVocab);
     }
     for (int i = 0; i < kHead / 2; ++i) weights_.inv_freq.push_back(1.0f / static_cast<float>(1 + i * i));
@@ -82,12 +104,12 @@ class RandomModel {
   // Three sequences at once, then more of two of them; all logits of both steps.
   std::vector<float> logits(const Kernels& kernels, int n_threads) const {
     const ModelConfig config = {.vocab_size = kVocab,
-                                .d_model = kModel,
+                                .d_model = case_.d_model(),
                                 .n_layers = kLayers,
                                 .n_heads = kHeads,
                                 .n_kv_heads = kKvHeads,
                                 .d_head = kHead,
-                                .d_ff = kFf,
+                                .d_ff = case_.d_ff(),
                                 .max_seq_len = 128,
                                 .rope_attention_factor = 1.0,
                                 .norm_eps = 1e-5f,
@@ -151,8 +173,10 @@ class RandomModel {
     const int tiles = (n + tile_rows(encoding) - 1) / tile_rows(encoding);
     const std::uint8_t* data =
         bytes_.emplace_back(random_.bytes(static_cast<std::size_t>(tiles) * pad_inputs(k) * 16)).data();
-    const bool per_row = encoding == Encoding::kQ8;
-    return {encoding, n, k, data, gains(per_row ? n : 1), per_row, 0};
+    const bool is_q8 = encoding == Encoding::kQ8;
+    const int group = is_q8 ? 0 : case_.group;
+    const bool per_row = is_q8 || group > 0;
+    return {encoding, n, k, data, gains(per_row ? (group ? n * (k / group) : n) : 1), per_row, group};
   }
 
   // Multipliers about one eighth: norms keep the values in bounds.

@@ -76,14 +76,16 @@ void wrong_mix_int8(const std::int32_t* hi, const std::int32_t*, std::ptrdiff_t 
   scalar().mix_int8(hi, hi, ld, weights, d, o);
 }
 
-void wrong_scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
-                      const float*, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept {
-  scalar().scale_sums(acc, ld_acc, w_scale, stride, nullptr, m, n, accumulate, y, ldy);
-}
-
-void wrong_scale_sums15(const std::int32_t* hi, const std::int32_t*, const float* w_scale, float x_scale, int n,
-                        float* y) noexcept {
-  scalar().scale_sums15(hi, hi, w_scale, x_scale, n, y);
+// Right but for the factor of the row, or but for the second plane.
+template <bool kPlanes>
+void wrong_scale_sums(const std::int32_t* acc, const std::int32_t* lo, std::ptrdiff_t ld_acc, const float* w_scale,
+                      bool per_row, const float* x_scale, int m, int n, bool accumulate, float* y,
+                      std::ptrdiff_t ldy) noexcept {
+  if (kPlanes) {
+    scalar().scale_sums(acc, lo ? acc : lo, ld_acc, w_scale, per_row, x_scale, m, n, accumulate, y, ldy);
+  } else {
+    scalar().scale_sums(acc, lo, ld_acc, w_scale, per_row, lo ? x_scale : nullptr, m, n, accumulate, y, ldy);
+  }
 }
 
 void wrong_quantize_a15(const float* x, int n, int n_padded, std::int8_t* hi, std::int8_t* lo, float* scale) noexcept {
@@ -145,8 +147,8 @@ void test_self_test() {
 
   check_dot_tiles();
   check_found(&Kernels::dot_pair, wrong_dot_pair);
-  check_found(&Kernels::scale_sums, wrong_scale_sums);
-  check_found(&Kernels::scale_sums15, wrong_scale_sums15);
+  check_found(&Kernels::scale_sums, wrong_scale_sums<false>);
+  check_found(&Kernels::scale_sums, wrong_scale_sums<true>);
   check_found(&Kernels::quantize_a8, wrong_codes<&Kernels::quantize_a8>);
   check_found(&Kernels::quantize_a4, wrong_codes<&Kernels::quantize_a4>);
   check_found(&Kernels::quantize_a1, wrong_codes<&Kernels::quantize_a1>);

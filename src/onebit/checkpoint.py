@@ -61,10 +61,12 @@ ReadyTensor = Float32 | PackedTensor
 LINEAR_ENCODINGS: dict[str, tuple[str, ...]] = {"b1.58": ("t80", "r64"), "b1": ("b128",), "dense": ("bf16",)}
 ROW_ENCODING = "q8"
 
-# How the head is kept, and with it the embedding where they are one matrix or the model is dense; the default first.
+# How embedding and head are kept, both alike, the default first; imported models may also keep them as codes, in an
+# encoding of their linear layers.
 HEADS = (ROW_ENCODING, "bf16")
 # What a bf16 head brings along: int8 rows, and float32 [2, V], at least the norms of their errors and of the rows.
 SHORTLIST, SHORTLIST_BOUNDS = "shortlist.weight", "shortlist.bounds"
+_HEAD_LABELS = {"q8": "H8", "bf16": "H16", "t80": "H1.58", "r64": "H1.58", "b128": "H1"}
 
 # What each layout of linear layers holds.
 _SCHEMES = {encoding: scheme for scheme, encodings in LINEAR_ENCODINGS.items() for encoding in encodings}
@@ -113,7 +115,7 @@ class Checkpoint:
                         f"tensor {name} is {list(tensor.shape)}; the config asks for {list(shape)}"
                     )
             elif self.is_packed:
-                check_tensor(name, tensor, shape, self.config)
+                check_tensor(name, tensor, shape, self.config, self.head)
             else:
                 _check_dense(name, tensor, shape)
 
@@ -133,7 +135,7 @@ class Checkpoint:
 
     @property
     def head(self) -> str | None:
-        """How a packed model keeps its head: "q8" or "bf16"; None for a master."""
+        """How a packed model keeps its head: "q8", "bf16" or a layout of codes; None for a master."""
         tensor = self.tensors.get(head_name(self.config))
         return tensor.encoding if isinstance(tensor, PackedTensor) else None
 
@@ -195,7 +197,6 @@ def plan(checkpoint: Checkpoint, encoding: str | None = None, head: str | None =
             f"the head of this packed model is {checkpoint.head}; its float32 rows are gone: "
             f"convert the run folder with head {head}"
         )
-    embed = checkpoint.tensors["embed.weight"]
     is_dense = config.weights == "dense"
     if is_dense and not checkpoint.is_packed and _SCHEMES.get(encoding or "", "dense") != "dense":
         config = replace(config, weights=_SCHEMES[encoding or ""], activations="a8")  # type: ignore[arg-type]
@@ -208,23 +209,12 @@ def plan(checkpoint: Checkpoint, encoding: str | None = None, head: str | None =
         if config.is_linear(name):
             kept = tensor.encoding if isinstance(tensor, PackedTensor) else allowed[0]
             encodings[name] = encoding or kept
-    if checkpoint.is_packed:
-        head = checkpoint.head
-    elif head is None and isinstance(embed, Stored) and embed.codes:
-        head = encoding or allowed[0]
-    elif head is None:
-        # Rows of others keep their values; ours are trained to be rounded.
-        head = "bf16" if is_dense or isinstance(embed, Stored) else ROW_ENCODING
-    assert head
+    head = head or checkpoint.head or _usual_head(checkpoint)
+    if head not in HEADS:
+        head = encoding or head
     for name, shape in tensor_shapes(config, head).items():
         if len(shape) == 2 and name != SHORTLIST_BOUNDS and name not in encodings:
             encodings[name] = ROW_ENCODING if name == SHORTLIST else head
-    # Of a packed model that has its own way with the embedding.
-    encodings |= {
-        name: tensor.encoding
-        for name, tensor in checkpoint.tensors.items()
-        if isinstance(tensor, PackedTensor) and not config.is_linear(name)
-    }
     return Plan(config, head, encodings)
 
 
@@ -393,7 +383,7 @@ def granularity(name: str, config: ModelConfig, encoding: str) -> quant.Granular
     """Weights of a packed matrix that share a scale; rows of int8 have one each, and bf16 the number 1."""
     if encoding == "bf16":
         return "tensor"
-    return config.scale if config.is_linear(name) else "row"
+    return config.scale if config.is_linear(name) or encoding != ROW_ENCODING else "row"
 
 
 def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple[int, ...]:
@@ -404,12 +394,21 @@ def scale_shape(shape: tuple[int, int], granularity: quant.Granularity) -> tuple
     return (1,) if granularity == "tensor" else (n,)
 
 
-def label(config: ModelConfig, head: str | None) -> str:
-    """The label of a model with such a head, or of a master where that is None."""
+def label(config: ModelConfig, head: str) -> str:
+    """The label of a packed model with such a head."""
     usual = "bf16" if config.weights == "dense" else ROW_ENCODING
-    if head in (None, usual):
-        return config.label
-    return config.label + ("H16" if head == "bf16" else "H8")
+    return config.label + ("" if head == usual else _HEAD_LABELS[head])
+
+
+def _usual_head(checkpoint: Checkpoint) -> str:
+    """How the head of a model that is not packed is kept unless one asks for something else."""
+    config = checkpoint.config
+    tensors = [checkpoint.tensors[name] for name in {"embed.weight", head_name(config)}]
+    if all(isinstance(tensor, Stored) and tensor.codes for tensor in tensors):
+        return LINEAR_ENCODINGS[config.weights][0]
+    # Rows of others keep their values; ours are trained to be rounded.
+    is_foreign = any(isinstance(tensor, Stored) for tensor in tensors)
+    return "bf16" if is_foreign or config.weights == "dense" else ROW_ENCODING
 
 
 def _packed(name: str, tensor: Tensor, shape: tuple[int, int], planned: Plan) -> PackedTensor:
@@ -498,14 +497,16 @@ def part_name(name: str, config: ModelConfig) -> str:
     return {"embed.weight": "embedding", "head.weight": "head"}.get(name, "norms")
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig) -> None:
-    """Check a tensor of a packed model.
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig, head: str | None
+) -> None:
+    """Check a tensor of a packed model with such a head.
 
     Raises:
         ValueError: see `Checkpoint`.
     """
     if len(shape) == 2 and name != SHORTLIST_BOUNDS:
-        _check_packed(name, tensor, shape, config)
+        _check_packed(name, tensor, shape, config, head)
     else:
         _check_dense(name, tensor, shape)
 
@@ -527,14 +528,27 @@ def _check_scale(name: str, scale: Float32) -> None:
         raise ValueError(f"tensor {name}: a scale is not a positive finite number; the file is damaged")
 
 
-def _check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig) -> None:
+def _allowed_encodings(name: str, config: ModelConfig, head: str | None) -> tuple[str, ...]:
+    codes = LINEAR_ENCODINGS[config.weights]
+    if config.is_linear(name):
+        return codes
+    if name == SHORTLIST:
+        return (ROW_ENCODING,)
+    # Embedding and head are of one kind: where the head's is possible, it is the embedding's.
+    kinds = (*((encoding,) for encoding in HEADS), codes)
+    return next((kind for kind in kinds if head in kind), tuple(dict.fromkeys(HEADS + codes)))
+
+
+def _check_packed(
+    name: str, tensor: Tensor, shape: tuple[int, ...], config: ModelConfig, head: str | None
+) -> None:
     if not isinstance(tensor, PackedTensor):
         raise ValueError(f"tensor {name} is float32, but the model is packed: pack all matrices or none")
-    allowed = LINEAR_ENCODINGS[config.weights] if config.is_linear(name) else (ROW_ENCODING,)
-    if name in ("embed.weight", "head.weight"):
-        allowed = HEADS
+    allowed = _allowed_encodings(name, config, head)
     if tensor.encoding not in allowed:
         expected = " or ".join(allowed)
+        if name != head_name(config) and not config.is_linear(name):
+            expected += f", because the head is {head}; convert the model again"
         raise ValueError(f"tensor {name} has encoding {tensor.encoding!r}; expected {expected}")
     if tensor.shape != shape:
         raise ValueError(f"tensor {name} is {list(tensor.shape)}; the config asks for {list(shape)}")

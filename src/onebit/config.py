@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 Weights = Literal["b1.58", "b1", "dense"]
-Activations = Literal["a8", "a4", "a1", "none"]
+Activations = Literal["a15", "a8", "a4", "a1", "none"]
 FfnActivation = Literal["silu", "relu2"]
 RopeType = Literal["linear", "llama3", "yarn"]
 
@@ -173,7 +173,8 @@ class ModelConfig:
         qkv_bias: the q, k and v projections add a bias.
         tied_head: the head uses the embedding matrix.
         weights: scheme of the linear layers: "b1.58", "b1", or "dense" for a full-precision twin.
-        activations: quantiser of the linear layers' inputs: "a8", "a4", "a1", or "none" (dense only).
+        activations: quantiser of the linear layers' inputs: "a8", "a4", "a1", "a15" for models whose authors left them
+            unquantised, or "none" (dense only).
         scale: weights that share a scale: "tensor", "row" or a number of inputs.
         bos_token: id put before a prompt, or None.
         eos_tokens: ids that end a text.
@@ -266,7 +267,7 @@ class ModelConfig:
     def label(self) -> str:
         """Bit widths of weights, activations and reference KV cache, as in "W1.58A8KV16"."""
         weights = {"b1.58": "1.58", "b1": "1", "dense": "16"}[self.weights]
-        activations = {"a8": "8", "a4": "4", "a1": "1", "none": "16"}[self.activations]
+        activations = {"a15": "15", "a8": "8", "a4": "4", "a1": "1", "none": "16"}[self.activations]
         return f"W{weights}A{activations}KV16"
 
     def rope_frequencies(self) -> list[float]:

@@ -172,7 +172,7 @@ def quantize_a1(x: Array) -> tuple[Array, Array]:
 
 
 def quantize_a15(x: Array) -> tuple[Array, Array]:
-    """Quantise activations to 15 bits per token, for the int8 head: two signed bytes hi * 128 + lo.
+    """Quantise activations to 15 bits per token, for heads and sensitive layers: two signed bytes hi * 128 + lo.
 
         m = max(max|x|, 1e-5)        codes = round(x * (16256 / m))        scale = m / 16256
 
@@ -244,7 +244,7 @@ def quantize_weights(w: Array, scheme: str, granularity: Granularity) -> tuple[A
     raise ValueError(f"weight scheme {scheme!r}: expected 'b1.58' or 'b1'")
 
 
-ACTIVATION_QUANTIZERS = {"a8": quantize_a8, "a4": quantize_a4, "a1": quantize_a1}
+ACTIVATION_QUANTIZERS = {"a15": quantize_a15, "a8": quantize_a8, "a4": quantize_a4, "a1": quantize_a1}
 
 
 def _over(numerator: float, x: Array) -> Array:

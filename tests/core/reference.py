@@ -29,14 +29,10 @@ def decode_tile(tile: np.ndarray, encoding: str) -> np.ndarray:
     return np.stack(weights).transpose(0, 2, 1, 3).reshape(groups * 16, -1)
 
 
-def scale_sums(acc: np.ndarray, w_scale: np.ndarray) -> np.ndarray:
-    """float32(acc) * w_scale."""
-    return acc.astype(np.float32) * w_scale
-
-
-def scale_sums15(hi: np.ndarray, lo: np.ndarray, w_scale: np.ndarray, x_scale: float) -> np.ndarray:
-    """(float32(hi * 128 + lo) * w_scale) * x_scale."""
-    return ((hi.astype(np.int64) * 128 + lo).astype(np.float32) * w_scale) * np.float32(x_scale)
+def scale_sums(acc: np.ndarray, lo: np.ndarray | None, w_scale: np.ndarray) -> np.ndarray:
+    """float32(acc) * w_scale, or with a second plane float32(acc * 128 + lo) * w_scale."""
+    sums = acc if lo is None else acc.astype(np.int64) * 128 + lo
+    return sums.astype(np.float32) * w_scale
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:

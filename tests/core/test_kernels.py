@@ -142,42 +142,40 @@ def test_sum_codes(isa, n, rng):
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("stride", [0, 1, 3])
+@pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("m", [1, 3])
-def test_scale_sums(isa, n, stride, m, rng):
-    acc = rng.integers(-(2**24), 2**24, (m, n + n % 5)).astype(np.int32)
-    w_scale = np.exp(floats(rng, (n - 1) * stride + 1))
+@pytest.mark.parametrize("planes", [1, 2])
+def test_scale_sums(isa, n, per_row, m, planes, rng):
+    # The largest sums: of a8, and of the planes of a15 with 8-bit rows.
+    top = 2**24 if planes == 1 else 127 * 127 * 32768
+    acc, lo = rng.integers(-top, top + 1, (2, m, n + n % 5)).astype(np.int32)
+    acc[0, 0] = top
+    lo = lo // 2 if planes == 2 else None
+    w_scale = np.exp(floats(rng, n if per_row else 1))
     x_scale = floats(rng, m)
+
+    def scaled(sign, factor, accumulate, y):
+        planes = [None if plane is None else fenced(sign * plane[::sign]) for plane in (acc, lo)]
+        kernels.scale_sums(isa, *planes, fenced(w_scale), per_row, factor, accumulate, y)
+        planes = [None if plane is None else plane[:, :n] for plane in planes]
+        return reference.scale_sums(*planes, w_scale)
+
     y = empty((m, n), np.float32)
-    kernels.scale_sums(isa, fenced(acc), fenced(w_scale), stride, None, False, y)
-    first = reference.scale_sums(acc[:, :n], w_scale[np.arange(n) * stride])
+    first = scaled(1, None, False, y)
     assert_same_bits(y, first)
-    kernels.scale_sums(isa, fenced(-acc[::-1]), fenced(w_scale), stride, fenced(x_scale), True, y)
-    second = reference.scale_sums(-acc[::-1, :n], w_scale[np.arange(n) * stride])
+    second = scaled(-1, fenced(x_scale), True, y)
     assert_same_bits(y, (first + second) * x_scale[:, None])
-    kernels.scale_sums(isa, fenced(acc), fenced(w_scale), stride, fenced(x_scale), False, y)
+    scaled(1, fenced(x_scale), False, y)
     assert_same_bits(y, first * x_scale[:, None])
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_scale_sums15(isa, n, rng):
-    top = 127 * 127 * 32768
-    hi = rng.integers(-top, top + 1, n).astype(np.int32)
-    lo = rng.integers(-top // 2, top // 2 + 1, n).astype(np.int32)
-    hi[0], lo[0] = top, top // 2
-    w_scale = np.exp(floats(rng, n))
-    y = empty(n, np.float32)
-    kernels.scale_sums15(isa, fenced(hi), fenced(lo), fenced(w_scale), 0.017, y)
-    assert_same_bits(y, reference.scale_sums15(hi, lo, w_scale, 0.017))
-
-
-def test_scale_sums15_rounds_once(isa):
+def test_scale_sums_rounds_two_planes_once(isa):
     """Sums halfway between two floats but for their last bit: rounding hi * 128 first would tie to even."""
-    hi = np.array([2**24 + 1, 2**24 + 1, -(2**24) - 1], np.int32)
-    lo = np.array([1, -1, -1], np.int32)
-    y = empty(3, np.float32)
-    kernels.scale_sums15(isa, fenced(hi), fenced(lo), fenced(np.ones(3, np.float32)), 1.0, y)
-    np.testing.assert_array_equal(y, np.array([2**31 + 256, 2**31, -(2**31) - 256], np.float32))
+    hi = np.array([[2**24 + 1, 2**24 + 1, -(2**24) - 1]], np.int32)
+    lo = np.array([[1, -1, -1]], np.int32)
+    y = empty((1, 3), np.float32)
+    kernels.scale_sums(isa, fenced(hi), fenced(lo), fenced(np.ones(1, np.float32)), False, None, False, y)
+    np.testing.assert_array_equal(y, np.array([[2**31 + 256, 2**31, -(2**31) - 256]], np.float32))
 
 
 # ---- Quantisers ----
@@ -193,18 +191,15 @@ def activations(rng, n):
 
 
 def quantize(isa, name, x, n_padded):
-    codes = empty(n_padded, np.int8)
-    scale = getattr(kernels, f"quantize_{name}")(isa, fenced(x), codes)
-    np.testing.assert_array_equal(codes[x.size :], 0)
-    return codes[: x.size], np.float32(scale)
-
-
-def quantize_a15(isa, x, n_padded):
-    hi, lo = empty(n_padded, np.int8), empty(n_padded, np.int8)
-    scale = kernels.quantize_a15(isa, fenced(x), hi, lo)
-    np.testing.assert_array_equal(hi[x.size :], 0)
-    np.testing.assert_array_equal(lo[x.size :], 0)
-    return hi[: x.size], lo[: x.size], np.float32(scale)
+    """Codes and scale; the planes of a15 are checked and combined."""
+    planes = [empty(n_padded, np.int8) for _ in range(2 if name == "a15" else 1)]
+    scale = getattr(kernels, f"quantize_{name}")(isa, fenced(x), *planes)
+    assert not any(plane[x.size :].any() for plane in planes)
+    codes, *lo = (plane[: x.size].astype(np.int32) for plane in planes)
+    if name == "a15":
+        assert lo[0].min() >= -64 and lo[0].max() <= 63 and abs(codes).max() <= 127
+        codes = codes * 128 + lo[0]
+    return codes, np.float32(scale)
 
 
 @pytest.mark.parametrize("name", quant.ACTIVATION_QUANTIZERS)
@@ -214,16 +209,6 @@ def test_quantizers_equal_their_definition(isa, name, n, rng):
         codes, scale = quantize(isa, name, x, n + 16 - n % 16)
         expected, expected_scale = quant.ACTIVATION_QUANTIZERS[name](x)
         np.testing.assert_array_equal(codes, expected)
-        assert scale == expected_scale[0]
-
-
-@pytest.mark.parametrize("n", SIZES)
-def test_quantize_a15_equals_its_definition(isa, n, rng):
-    for x in activations(rng, n):
-        hi, lo, scale = quantize_a15(isa, x, n + 16 - n % 16)
-        expected, expected_scale = quant.quantize_a15(x)
-        np.testing.assert_array_equal(hi.astype(np.int32) * 128 + lo, expected)
-        assert lo.min() >= -64 and lo.max() <= 63 and abs(hi.astype(int)).max() <= 127
         assert scale == expected_scale[0]
 
 
@@ -237,11 +222,6 @@ def test_quantizers_agree_on_special_values(isa, special, rng):
         np.testing.assert_array_equal(codes, expected)
         assert_same_bits(scale[None], expected_scale[None])
         assert np.isnan(scale) == np.isnan(special)
-    hi, lo, scale = quantize_a15(isa, x, 48)
-    expected_hi, expected_lo, expected_scale = quantize_a15("scalar", x, 48)
-    np.testing.assert_array_equal(hi, expected_hi)
-    np.testing.assert_array_equal(lo, expected_lo)
-    assert_same_bits(scale[None], expected_scale[None])
 
 
 # ---- Elementwise and norm ----
@@ -358,11 +338,11 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.dot_pair(
             isa, np.zeros((2, 4, 64), np.uint8), x, i[:1], 16, np.zeros((1, 1, 16), np.int32)
         ),
-        lambda: kernels.scale_sums(isa, i[None], f[:15], 1, None, False, f[None]),
-        lambda: kernels.scale_sums(isa, i[None], f, -1, None, False, f[None]),
-        lambda: kernels.scale_sums(isa, i[None], f, 1, f[:2], False, f[None]),
-        lambda: kernels.scale_sums(isa, i[None, :15], f, 1, None, False, f[None]),
-        lambda: kernels.scale_sums15(isa, i, i[:3], f, 1.0, f),
+        lambda: kernels.scale_sums(isa, i[None], None, f[:15], True, None, False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None], None, f, False, None, False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None], None, f, True, f[:2], False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None, :15], None, f, True, None, False, f[None]),
+        lambda: kernels.scale_sums(isa, i[None], i[None, :15], f, True, None, False, f[None]),
         lambda: kernels.quantize_a8(isa, f, np.zeros(15, np.int8)),
         lambda: kernels.sum_codes(isa, np.zeros(15, np.int8)),
         lambda: kernels.rms_norm(isa, f, f[:3], 1e-5, f),

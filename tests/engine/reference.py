@@ -16,8 +16,7 @@ def logits(checkpoint: Checkpoint, tokens: list[int], kv_cache: str = "bf16") ->
     """float32 [T, V] of all tokens of a sequence."""
     config = checkpoint.config
     weights = checkpoint.tensors
-    dense = config.weights == "dense"
-    quantize = as_it_is if dense else quant.ACTIVATION_QUANTIZERS[config.activations]
+    quantize = as_it_is if config.weights == "dense" else quant.ACTIVATION_QUANTIZERS[config.activations]
     cos_TH, sin_TH = angles(len(tokens), config)
 
     def norm(x, name):
@@ -59,7 +58,8 @@ def logits(checkpoint: Checkpoint, tokens: list[int], kv_cache: str = "bf16") ->
             f_TF = norm(f_TF, f"{layer}ffn_sub_norm.weight")
         x_TD = x_TD + linear(f_TF, "down")
     head = weights["embed.weight" if config.tied_head else "head.weight"]
-    return product(head, *(as_it_is if dense else quant.quantize_a15)(norm(x_TD, "norm.weight")))
+    quantize = as_it_is if head.encoding == "bf16" else quant.quantize_a15
+    return product(head, *quantize(norm(x_TD, "norm.weight")))
 
 
 def as_it_is(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

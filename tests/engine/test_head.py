@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tiny
+from engine import reference
 from onebit import quant
 from onebit.checkpoint import HEADS, SHORTLIST_BOUNDS, Checkpoint, quantize, to_dense
 from onebit.engine.model import Model, available_isas
@@ -228,9 +229,9 @@ def test_int4_finds_the_best_and_scores_them_exactly(head):
 @pytest.mark.parametrize("options", [{"threads": t, "isa": isa} for t in (1, 3) for isa in available_isas()])
 @pytest.mark.parametrize("int4", [False, True])
 def test_candidates_depend_on_nothing_but_the_row(options, int4):
-    packed, reference = model_of(adversaries()["near"], threads=1, isa="scalar", int4_shortlist=int4)
+    packed, plainest = model_of(adversaries()["near"], threads=1, isa="scalar", int4_shortlist=int4)
     tokens = list(range(0, V, 400))
-    expected = logits(reference, tokens, 5)
+    expected = logits(plainest, tokens, 5)
     model = Model(packed, int4_shortlist=int4, **options)
     assert np.array_equal(logits(model, tokens, 5), expected)
     for token, row in zip(tokens, expected, strict=True):
@@ -282,6 +283,34 @@ def test_texts_are_the_same_with_a_shortlist(head):
             for one in (full, llm, short)
         ]
         assert texts[0] == texts[1] == texts[2]
+
+
+CODED = [
+    {"weights": weights, "scale": scale, "activations": activations}
+    for weights in ("b1.58", "b1")
+    for scale in ("tensor", "row", 16)
+    for activations in ("a8", "a15")
+]
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("changes", CODED)
+def test_coded_rows_are_linear_layers_of_15_bits(isa, changes):
+    """The embedding is codes * scale, and logits are the linear layer of the final norm, whatever the layers read."""
+    master = tiny.master(tiny.config(vocab_size=V, d_model=96, n_layers=1, **changes))
+    tensors = {name: np.zeros_like(t) if "sub_norm" in name else t for name, t in master.tensors.items()}
+    packed = tiny.coded(replace(master, tensors=tensors, tokenizer=None))
+    tokens = [0, 3, 16, 127, 128, V - 1]
+    x = to_dense(packed.tensors["embed.weight"])[tokens]
+    r = np.float32(1) / np.sqrt(quant.lane_sum(x * x) / np.float32(96) + np.float32(1e-5))
+    codes, scale = quant.quantize_a15((x * r) * packed.tensors["norm.weight"])
+    expected = reference.product(packed.tensors["embed.weight"], codes, scale)
+    model = Model(packed, isa=isa, threads=2)
+    assert np.array_equal(logits(model, tokens), expected)
+    # There is no shortlist, so all logits come.
+    assert np.array_equal(logits(model, tokens, 1), expected)
+    with pytest.raises(ValueError, match=r"shortlist int4: the head is (t80|b128) codes"):
+        Model(packed, isa=isa, int4_shortlist=True)
 
 
 def test_an_unknown_shortlist_is_refused():

@@ -18,7 +18,8 @@ from onebit.engine.model import (
 )
 from onebit.llm import LLM, load
 
-# Awkward widths on purpose: inputs that need padding, tiles that are mostly empty, heads that share keys.
+# Awkward widths on purpose: inputs that need padding, tiles that are mostly empty, heads that share keys. With each the
+# encoding, and how embedding and head are kept where it is not as usual.
 CONFIGS = {
     "ternary": (tiny.config(), "t80"),
     "ternary-r64": (tiny.config(), "r64"),
@@ -58,6 +59,19 @@ CONFIGS = {
         "bf16",
     ),
     "binary-a1": (tiny.config(weights="b1", activations="a1", scale=16, activation="silu"), "b128"),
+    "a15": (tiny.config(activations="a15", d_model=72, n_heads=6, d_head=18, d_ff=100), "t80"),
+    "a15-rows-bf16-untied": (
+        tiny.config(activations="a15", scale="row", activation="silu", sub_norm=False, tied_head=False),
+        "r64",
+        "bf16",
+    ),
+    "a15-binary-groups-coded": (
+        tiny.config(weights="b1", activations="a15", scale=16, activation="silu", qk_norm=True),
+        "b128",
+        "codes",
+    ),
+    "coded-untied": (tiny.config(d_model=72, n_heads=6, d_head=18, tied_head=False), "t80", "codes"),
+    "a15-r64-rows-coded": (tiny.config(activations="a15", scale="row", n_kv_heads=1), "r64", "codes"),
 }
 
 # Longer than two blocks, so that attention merges blocks, and not a whole number of them.
@@ -73,6 +87,8 @@ INT8_SHARE = 0.25
 
 # Nothing between rounds but the cache, where a key or value may go to the other neighbour of bfloat16.
 DENSE_TOLERANCE = 1e-3
+# Of a15 many codes change, by little.
+A15_TOLERANCE = 1e-4
 
 # Model, its encoding, and the number format of the cache.
 CASES = [(name, "bf16") for name in CONFIGS]
@@ -82,8 +98,10 @@ CASES += [(name, kv) for name in ("ternary", "rows-silu-untied", "groups-r64") f
 @pytest.fixture(params=CASES, ids="-".join, scope="module")
 def case(request) -> tuple[Checkpoint, str]:
     """A model, and the number format of its cache."""
-    config, encoding = CONFIGS[request.param[0]]
-    return quantize(tiny.master(config, seed=3), encoding), request.param[1]
+    config, encoding, *head = CONFIGS[request.param[0]]
+    master = tiny.master(config, seed=3)
+    packed = tiny.coded(master, encoding) if head == ["codes"] else quantize(master, encoding, *head)
+    return packed, request.param[1]
 
 
 @pytest.fixture
@@ -171,6 +189,8 @@ def test_logits_equal_plain_numpy(checkpoint, kv_cache, baseline):
         assert error.max() < 2 * CODE_TOLERANCE and same.mean() > 0.97
     elif checkpoint.config.weights == "dense":
         assert error.max() < DENSE_TOLERANCE and same.all()
+    elif checkpoint.config.activations == "a15":
+        assert np.median(error) < A15_TOLERANCE and error.max() < DENSE_TOLERANCE and same.all()
     else:
         assert np.median(error) < MEDIAN_TOLERANCE
         assert error.max() < CODE_TOLERANCE and same.all()
@@ -210,14 +230,16 @@ def test_caches_of_eight_bits_stay_close_to_the_reference():
     assert [one.label for one in llm.values()] == ["W1.58A8KV16", "W1.58A8KV8", "W1.58A8KVfp8"]
 
 
-def test_t80_and_r64_give_the_same_bits():
-    models = [Model(quantize(tiny.master(), encoding)) for encoding in ("t80", "r64")]
+@pytest.mark.parametrize("pack", [quantize, tiny.coded])
+def test_t80_and_r64_give_the_same_bits(pack):
+    models = [Model(pack(tiny.master(), encoding)) for encoding in ("t80", "r64")]
     a, b = (whole(model, prompt(40)) for model in models)
     assert same_bits(a, b)
 
 
-def test_inputs_longer_than_one_exact_dot_are_summed_in_parts():
-    config = tiny.config(d_ff=2**15 + 48, n_layers=1)
+@pytest.mark.parametrize("activations", ["a8", "a15"])
+def test_inputs_longer_than_one_exact_dot_are_summed_in_parts(activations):
+    config = tiny.config(d_ff=2**15 + 48, n_layers=1, activations=activations)
     checkpoint = quantize(tiny.master(config))
     logits = [whole(Model(checkpoint, threads=1, isa=isa), prompt(3)) for isa in available_isas()]
     assert all(same_bits(other, logits[0]) for other in logits)

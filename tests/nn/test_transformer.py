@@ -16,6 +16,7 @@ VARIANTS = [
     {"activation": "silu", "sub_norm": False, "tied_head": False},
     {"weights": "b1", "scale": "row"},
     {"scale": 16, "activations": "a4"},
+    {"activations": "a15"},
     {"weights": "dense", "activations": "none"},
     {"qk_norm": True, "qkv_bias": True},
 ]

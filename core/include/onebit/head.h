@@ -14,21 +14,22 @@
 
 namespace onebit {
 
-// Where bf16 is null, the Q8 rows are the head; else they approximate it.
+// Where bf16 is null, the rows are the head, in any encoding; else they approximate it, and are Q8.
 struct HeadWeights {
-  PackedMatrix q8;
+  PackedMatrix rows;
   const std::uint16_t* bf16 = nullptr;  // bfloat16 [V, pad_inputs(D)], zeros beyond D
   const float* bounds = nullptr;        // [2, V]: at least norm(bf16 row - Q8 row), and at least norm(bf16 row)
-  bool int4_shortlist = false;          // approximate by the upper halves of the Q8 codes, with a probable bound
+  bool int4_shortlist = false;          // approximate by the upper halves of Q8 codes, with a probable bound
 };
 
 class Head {
  public:
-  // With an int4 shortlist, reads all Q8 rows and takes half their memory. Throws std::bad_alloc.
+  // With an int4 shortlist, which needs Q8, reads all rows and takes half their memory. T80 becomes R64 where kernels
+  // prefer it. Throws std::bad_alloc.
   Head(const HeadWeights& weights, const Kernels& kernels, ThreadPool& pool);
 
   // Room for n_rows of activations, [R, D]. Throws std::bad_alloc.
-  float* input(int n_rows) { return h_RD_.reserve(static_cast<std::size_t>(n_rows) * weights_.q8.k); }
+  float* input(int n_rows) { return h_RD_.reserve(static_cast<std::size_t>(n_rows) * weights_.rows.k); }
 
   // Logits [R, V] of the input. top_k: [R], or null for all logits. A row that asks for its k > 0 best may get -infinity
   // for any others; what is finite has the bits that it has among all logits. Throws std::bad_alloc.
@@ -64,6 +65,7 @@ class Head {
   PackedMatrix shortlist_;  // Q8 or Q4; without data, there is none
   const float* bounds_;     // [2, V]
   float largest_norm_ = 0.0f;
+  Buffer<std::uint8_t> r64_;
   Buffer<std::uint8_t> q4_;  // what an int4 shortlist owns
   Buffer<float> q4_scale_;   // [V]
   Buffer<float> q4_bounds_;  // [2, V]

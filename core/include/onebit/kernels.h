@@ -40,14 +40,13 @@ struct Kernels {
                    const std::int32_t* sums, int m, int k, std::int32_t* out,
                    std::ptrdiff_t next_out) noexcept = nullptr;
 
-  // Sums of a tile, m rows of them: value = float(acc[i * ld_acc + j]) * w_scale[j * stride], for j < n.
+  // Sums of a tile, m rows of them: value = float(sum) * w_scale[per_row ? j : 0], for j < n, where sum is acc[i * ld_acc + j],
+  // or with lo (two planes) acc[i * ld_acc + j] * 128 + lo[i * ld_acc + j], rounded once to float32.
   //   y[i * ldy + j] = value * x_scale[i], or with accumulate (groups in ascending order) (y[i * ldy + j] + value) * x_scale[i]
-  // x_scale: null before the last group, which does not multiply then. stride: 0 or 1, or the number of groups of a row.
-  void (*scale_sums)(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
-                     const float* x_scale, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept;
-  // y[j] = (float(hi[j] * 128 + lo[j]) * w_scale[j]) * x_scale, the sum rounded once to float32.
-  void (*scale_sums15)(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
-                       float* y) noexcept;
+  // x_scale: null before the last group, which does not multiply then.
+  void (*scale_sums)(const std::int32_t* acc, const std::int32_t* lo, std::ptrdiff_t ld_acc, const float* w_scale,
+                     bool per_row, const float* x_scale, int m, int n, bool accumulate, float* y,
+                     std::ptrdiff_t ldy) noexcept;
 
   // Activation quantisers of quant.py: codes[0, n), zeros up to n_padded, and the multiplier *scale.
   using Quantize = void (*)(const float* x, int n, int n_padded, std::int8_t* codes, float* scale) noexcept;

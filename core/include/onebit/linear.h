@@ -27,9 +27,10 @@ struct Chunks {
   int length(int chunk) const;
 };
 
-// Codes of T rows with their multipliers, or floats for dense matrices. 15-bit codes have two planes, hi and lo: first all rows of the one, then all of
-// the other, so that both can be multiplied in one pass over a tile.
+// Codes of T rows with their multipliers, or floats for dense matrices. 15-bit codes have two planes, hi and lo: first all
+// rows of the one, then all of the other, so that both can be multiplied in one pass over a tile.
 struct QuantizedRows {
+  Activations activations = Activations::kA8;
   int n_rows = 0;
   int n_planes = 1;
   int k = 0;
@@ -50,13 +51,8 @@ struct QuantizedRows {
   std::int32_t* tile_sums(int share, int i) const;
 
   // Makes room for n_rows inputs of the matrix, whose other matrices must have the same K and scale groups.
-  void resize(const PackedMatrix& matrix, int n_rows, int n_planes);
-  // Without a quantiser, keeps the floats.
-  void write(const Kernels& kernels, Kernels::Quantize quantize, const float* x, int row);
-  void write15(const Kernels& kernels, const float* x, int row);
-
- private:
-  void write_sums(const Kernels& kernels, int plane, int row);
+  void resize(const PackedMatrix& matrix, int n_rows, Activations activations);
+  void write(const Kernels& kernels, const float* x, int row);
 };
 
 // A T80 matrix as R64, in data: the same weights and scales, a quarter larger.
@@ -67,14 +63,11 @@ struct LinearOutput {
   float* y;  // [T, N]
 };
 
-// y[t, n] = (sum over groups g, ascending, of float(acc_g) * w_scale[n, g]) * x_scale[t], for every output; of dense
-// matrices lane_sum(w[n] * x[t]).
+// y[t, n] = (sum over groups g, ascending, of float(acc_g) * w_scale[n, g]) * x_scale[t], for every output, where acc_g is
+// hi_g * 128 + lo_g with 15-bit codes; of dense matrices lane_sum(w[n] * x[t]).
 void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutput> outputs, QuantizedRows& x);
-
-// y[t, n] = (float(hi * 128 + lo) * w_scale[n]) * x_scale[t]. The matrix has one scale per row.
-void linear15(const Kernels& kernels, ThreadPool& pool, const PackedMatrix& matrix, QuantizedRows& x, float* y);
-// Of it, the outputs of one tile for one row of x: at most kMaxTileRows values.
-void linear15_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,
-                   float* y) noexcept;
+// Of a packed matrix, the outputs of one tile for one row of x: at most kMaxTileRows values.
+void linear_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,
+                 float* y) noexcept;
 
 }  // namespace onebit

@@ -20,7 +20,6 @@
 namespace onebit {
 
 enum class FfnActivation { kSilu, kRelu2 };
-enum class Activations { kA8, kA4, kA1, kNone };
 
 struct ModelConfig {
   int vocab_size;
@@ -56,7 +55,8 @@ struct LayerWeights {
   PackedMatrix gate, up, down;
 };
 
-// Linear layers are T80, R64 or B128, or all of them dense, with activations kNone; embedding and head (the same where tied) are Q8 with one scale per row, or bfloat16.
+// Linear layers are T80, R64 or B128, or all of them dense, with activations kNone. Embedding and head (the same where
+// tied) are Q8 with one scale per row, bfloat16, or codes of the same kinds as the layers'.
 struct ModelWeights {
   PackedMatrix embed;                         // unused with embed_bf16
   const std::uint16_t* embed_bf16 = nullptr;  // [vocab_size, pad_inputs(d_model)]
@@ -93,7 +93,6 @@ class Model {
   ModelWeights weights_;
   std::vector<Buffer<std::uint8_t>> repacked_;  // weights that these kernels want in another layout
   const Kernels& kernels_;
-  Kernels::Quantize quantize_;
   ThreadPool pool_;
   Attention attention_;
   Head head_;
@@ -101,7 +100,7 @@ class Model {
   std::unique_ptr<Workspace> workspace_;
 };
 
-// One row of a Q8 matrix as float32(code) * scale.
+// One row of a packed matrix as float32(code) * scale.
 void embed_row(const PackedMatrix& matrix, int row, float* x) noexcept;
 // A row of bfloat16 as it is.
 void embed_row(const std::uint16_t* row, int n, float* x) noexcept;

@@ -18,12 +18,34 @@ constexpr int tile_rows(Encoding encoding) {
 }
 inline constexpr int kMaxTileRows = 128;
 
+// The code of row group j in a packed byte; also of bytes that packing never writes.
+constexpr int code_of(Encoding encoding, int byte, int j) {
+  switch (encoding) {
+    case Encoding::kT80:
+      // 256 / 243 of a base-3 number: each multiplication by 3 carries the next digit out of the byte.
+      for (int i = 0; i < j; ++i) byte = byte * 3 % 256;
+      return byte * 3 / 256 - 1;
+    case Encoding::kR64:
+      return (byte >> 2 * j & 3) - 1;
+    case Encoding::kB128:
+      return 2 * (byte >> j & 1) - 1;
+    case Encoding::kQ8:
+      return byte - 128;
+    case Encoding::kQ4:
+      return (byte >> 4 * j & 15) - 8;
+  }
+  return 0;
+}
+
 // Inputs are padded with zeros to a multiple of this.
 inline constexpr int kInputAlign = 16;
 constexpr int pad_inputs(int k) { return (k + kInputAlign - 1) / kInputAlign * kInputAlign; }
 
 // Longest run of inputs that one dot_tile call may sum: beyond 33000 the T80 identity overflows.
 inline constexpr int kMaxDotInputs = 32768;
+
+// Quantisers of a layer's input, as in quant.py; kNone keeps floats, for dense matrices.
+enum class Activations { kA15, kA8, kA4, kA1, kNone };
 
 // A packed matrix [n, k]: data is uint8 [ceil(n / tile_rows), pad_inputs(k) / 4, 64].
 struct PackedMatrix {

@@ -212,39 +212,40 @@ ONEBIT_INLINE float lane_sum(const float* x, int n, Term term) {
 
 // ---- Elementwise ----
 
-// stride is a constant where this is called; so is the absence of x_scale a factor of 1, which changes no bit.
-ONEBIT_INLINE void scale_row(const std::int32_t* acc, const float* w_scale, std::ptrdiff_t stride, float x_scale, int n,
-                             bool accumulate, float* y) {
+// The exact sum of one plane, or of two, rounded once.
+ONEBIT_INLINE float sum_of(const std::int32_t* acc, const std::int32_t* lo, int j) {
+  if (!lo) return static_cast<float>(acc[j]);
+  // Exact in double, so the one rounding is the one to float.
+  return static_cast<float>(static_cast<double>(acc[j]) * 128.0 + static_cast<double>(lo[j]));
+}
+
+// per_row, and whether there is lo, are constants where this is called; so is the absence of x_scale a factor
+// of 1, which changes no bit.
+ONEBIT_INLINE void scale_row(const std::int32_t* acc, const std::int32_t* lo, const float* w_scale, bool per_row,
+                             float x_scale, int n, bool accumulate, float* y) {
   if (accumulate) {
-    for (int j = 0; j < n; ++j) y[j] = (y[j] + static_cast<float>(acc[j]) * w_scale[j * stride]) * x_scale;
+    for (int j = 0; j < n; ++j) y[j] = (y[j] + sum_of(acc, lo, j) * w_scale[per_row ? j : 0]) * x_scale;
   } else {
-    for (int j = 0; j < n; ++j) y[j] = (static_cast<float>(acc[j]) * w_scale[j * stride]) * x_scale;
+    for (int j = 0; j < n; ++j) y[j] = (sum_of(acc, lo, j) * w_scale[per_row ? j : 0]) * x_scale;
   }
 }
 
-void scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
-                const float* x_scale, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept {
-  for (int i = 0; i < m; ++i, acc += ld_acc, y += ldy) {
+void scale_sums(const std::int32_t* acc, const std::int32_t* lo, std::ptrdiff_t ld_acc, const float* w_scale,
+                bool per_row, const float* x_scale, int m, int n, bool accumulate, float* y,
+                std::ptrdiff_t ldy) noexcept {
+  for (std::ptrdiff_t i = 0; i < m; ++i, y += ldy) {
     const float factor = x_scale ? x_scale[i] : 1.0f;
-    switch (stride) {
-      case 0:
-        scale_row(acc, w_scale, 0, factor, n, accumulate, y);
-        break;
-      case 1:
-        scale_row(acc, w_scale, 1, factor, n, accumulate, y);
-        break;
-      default:
-        scale_row(acc, w_scale, stride, factor, n, accumulate, y);
+    const std::int32_t* row = acc + i * ld_acc;
+    const std::int32_t* lo_row = lo ? lo + i * ld_acc : nullptr;
+    if (lo && per_row) {
+      scale_row(row, lo_row, w_scale, true, factor, n, accumulate, y);
+    } else if (lo) {
+      scale_row(row, lo_row, w_scale, false, factor, n, accumulate, y);
+    } else if (per_row) {
+      scale_row(row, nullptr, w_scale, true, factor, n, accumulate, y);
+    } else {
+      scale_row(row, nullptr, w_scale, false, factor, n, accumulate, y);
     }
-  }
-}
-
-void scale_sums15(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
-                  float* y) noexcept {
-  for (int j = 0; j < n; ++j) {
-    // Exact in double, so the one rounding is the one to float.
-    const double sum = static_cast<double>(hi[j]) * 128.0 + static_cast<double>(lo[j]);
-    y[j] = (static_cast<float>(sum) * w_scale[j]) * x_scale;
   }
 }
 
@@ -476,9 +477,8 @@ void to_cache(const float* x, int n, void* y) noexcept {
 #include "attention.inl"
 
 // What this file and attention.inl give to a table of Kernels, in the order of its members.
-#define ONEBIT_LANE_KERNELS                                                                                           \
-  .scale_sums = scale_sums, .scale_sums15 = scale_sums15, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4,     \
-  .quantize_a1 = quantize_a1, .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm,             \
-  .rope = rope, .silu_mul = silu_mul, .relu2_mul = relu2_mul, .add = add, .dot_bf16 = dot_bf16,                       \
-  .to_cache = {to_cache<Bf16>, to_cache<E4M3>}, .attend = {attend<Bf16>, attend<E4M3>}, .merge_splits = merge_splits, \
-  .weigh_int8 = weigh_int8, .mix_int8 = mix_int8
+#define ONEBIT_LANE_KERNELS                                                                                       \
+  .scale_sums = scale_sums, .quantize_a8 = quantize_a8, .quantize_a4 = quantize_a4, .quantize_a1 = quantize_a1,   \
+  .quantize_a15 = quantize_a15, .sum_codes = sum_codes, .rms_norm = rms_norm, .rope = rope, .silu_mul = silu_mul, \
+  .relu2_mul = relu2_mul, .add = add, .dot_bf16 = dot_bf16, .to_cache = {to_cache<Bf16>, to_cache<E4M3>},         \
+  .attend = {attend<Bf16>, attend<E4M3>}, .merge_splits = merge_splits, .weigh_int8 = weigh_int8, .mix_int8 = mix_int8

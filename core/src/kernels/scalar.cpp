@@ -29,25 +29,6 @@ constexpr int kLanes = 16;
 
 // ---- Exact sums ----
 
-// The weight of row group j in a packed byte.
-constexpr int decode(Encoding encoding, int byte, int j) {
-  switch (encoding) {
-    case Encoding::kT80:
-      // 256 / 243 of a base-3 number: each multiplication by 3 carries the next digit out of the byte.
-      for (int i = 0; i < j; ++i) byte = byte * 3 % 256;
-      return byte * 3 / 256 - 1;
-    case Encoding::kR64:
-      return (byte >> 2 * j & 3) - 1;
-    case Encoding::kB128:
-      return 2 * (byte >> j & 1) - 1;
-    case Encoding::kQ8:
-      return byte - 128;
-    case Encoding::kQ4:
-      return (byte >> 4 * j & 15) - 8;
-  }
-  return 0;
-}
-
 // The weights of every byte value.
 template <Encoding kEncoding>
 struct Weights {
@@ -56,7 +37,7 @@ struct Weights {
 
   constexpr Weights() : of{} {
     for (int byte = 0; byte < 256; ++byte) {
-      for (int j = 0; j < kGroups; ++j) of[byte][j] = static_cast<std::int8_t>(decode(kEncoding, byte, j));
+      for (int j = 0; j < kGroups; ++j) of[byte][j] = static_cast<std::int8_t>(code_of(kEncoding, byte, j));
     }
   }
 };
@@ -80,22 +61,17 @@ void dot_tile(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t ldx
   }
 }
 
-void scale_sums(const std::int32_t* acc, std::ptrdiff_t ld_acc, const float* w_scale, std::ptrdiff_t stride,
-                const float* x_scale, int m, int n, bool accumulate, float* y, std::ptrdiff_t ldy) noexcept {
-  for (int i = 0; i < m; ++i, acc += ld_acc, y += ldy) {
+void scale_sums(const std::int32_t* acc, const std::int32_t* lo, std::ptrdiff_t ld_acc, const float* w_scale,
+                bool per_row, const float* x_scale, int m, int n, bool accumulate, float* y,
+                std::ptrdiff_t ldy) noexcept {
+  for (std::ptrdiff_t i = 0; i < m; ++i, y += ldy) {
     for (int j = 0; j < n; ++j) {
-      const float value = static_cast<float>(acc[j]) * w_scale[j * stride];
+      const std::ptrdiff_t at = i * ld_acc + j;
+      const std::int64_t sum = lo ? std::int64_t{acc[at]} * 128 + lo[at] : acc[at];
+      const float value = static_cast<float>(sum) * w_scale[per_row ? j : 0];
       y[j] = accumulate ? y[j] + value : value;
       if (x_scale) y[j] *= x_scale[i];
     }
-  }
-}
-
-void scale_sums15(const std::int32_t* hi, const std::int32_t* lo, const float* w_scale, float x_scale, int n,
-                  float* y) noexcept {
-  for (int j = 0; j < n; ++j) {
-    const std::int64_t sum = std::int64_t{hi[j]} * 128 + lo[j];
-    y[j] = static_cast<float>(sum) * w_scale[j] * x_scale;
   }
 }
 
@@ -394,7 +370,6 @@ const Kernels kScalar = {
     .dot_tile = {dot_tile<Encoding::kT80>, dot_tile<Encoding::kR64>, dot_tile<Encoding::kB128>, dot_tile<Encoding::kQ8>,
                  dot_tile<Encoding::kQ4>},
     .scale_sums = scale_sums,
-    .scale_sums15 = scale_sums15,
     .quantize_a8 = quantize_a8,
     .quantize_a4 = quantize_a4,
     .quantize_a1 = quantize_a1,

@@ -81,7 +81,7 @@ struct Answers {
   std::int32_t many[kEncodings][kTokens * kMaxTileRows];
   std::int32_t pair[2][kTokens * 16];
   float scaled[2][2 * kValues];
-  float scaled15[kValues];
+  float scaled15[2 * kValues];
   std::int8_t codes[3][kPadded];
   std::int8_t codes15[2][kPadded];
   float scales[4];
@@ -118,10 +118,12 @@ struct Answers {
       dot_q8(g.tile + kPairBytes, g.x, kInputs, g.pair_sums, kTokens, kPairInputs, pair[1]);
     }
     const std::int32_t* sums = many[0];
-    table.scale_sums(sums, kMaxTileRows, g.a, 1, nullptr, 2, kValues, false, scaled[0], kValues);
-    table.scale_sums(sums, kMaxTileRows, g.b, 0, g.a, 2, kValues, true, scaled[0], kValues);
-    table.scale_sums(sums, kMaxTileRows, g.b, 1, g.a, 2, kValues, false, scaled[1], kValues);
-    table.scale_sums15(sums, sums + kMaxTileRows, g.a, 0.75f, kValues, scaled15);
+    const std::int32_t* lo = sums + 2 * kMaxTileRows;
+    table.scale_sums(sums, nullptr, kMaxTileRows, g.a, true, nullptr, 2, kValues, false, scaled[0], kValues);
+    table.scale_sums(sums, nullptr, kMaxTileRows, g.b, false, g.a, 2, kValues, true, scaled[0], kValues);
+    table.scale_sums(sums, nullptr, kMaxTileRows, g.b, true, g.a, 2, kValues, false, scaled[1], kValues);
+    table.scale_sums(sums, lo, kMaxTileRows, g.a, true, nullptr, 2, kValues, false, scaled15, kValues);
+    table.scale_sums(lo, sums, kMaxTileRows, g.b, false, g.a, 2, kValues, true, scaled15, kValues);
     table.quantize_a8(g.a, kValues, kPadded, codes[0], &scales[0]);
     table.quantize_a4(g.a, kValues, kPadded, codes[1], &scales[1]);
     table.quantize_a1(g.a, kValues, kPadded, codes[2], &scales[2]);

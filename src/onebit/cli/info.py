@@ -115,7 +115,9 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     table.add_row("encoding", ", ".join(sorted({kind_of(tensor) for _, tensor in linear})))
     if checkpoint.is_packed:
         heads = {"q8": "int8 rows, 15-bit activations", "bf16": "bfloat16, exact through an int8 shortlist"}
-        table.add_row("head", heads.get(checkpoint.head or "", f"weight codes, {checkpoint.head}"))
+        table.add_row(
+            "head", heads.get(checkpoint.head or "", f"{checkpoint.head} codes, 15-bit activations")
+        )
     if config.weights != "dense":
         table.add_row("scales", _scales(checkpoint))
     if config.weights != "dense" and checkpoint.is_packed:

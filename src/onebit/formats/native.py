@@ -111,7 +111,7 @@ def write(
             hashes[name] = _sha256(tensor)
 
         for name, tensor in packed_tensors(checkpoint, planned):
-            check_tensor(name, tensor, shapes[name], planned.config)
+            check_tensor(name, tensor, shapes[name], planned.config, planned.head)
             if isinstance(tensor, PackedTensor):
                 put(name, tensor.data)
                 put(_scale_name(name), tensor.scale)

@@ -28,13 +28,14 @@ def bit_linear(
 
         y = (x_codes @ w_codes.T) * w_scale * x_scale        dy/dx, dy/dw as if nothing were rounded
 
-    The product of codes runs in the autocast dtype: codes are exact in bfloat16, and in float32 so is their sum.
+    The product of codes runs in the autocast dtype, which rounds no codes but those of a15. Without autocast their sums
+    are exact, and rounded once to float32.
 
     Args:
         x: [..., k].
         weights: float32 [n_i, k] each.
         scheme: "b1.58" or "b1".
-        activations: "a8", "a4" or "a1".
+        activations: "a15", "a8", "a4" or "a1".
         granularity: weights that share a scale.
 
     Returns:
@@ -50,13 +51,16 @@ class _BitLinear(torch.autograd.Function):
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
+        if activations == "a15" and dtype == torch.float32:
+            # Sums of such codes leave the whole numbers of float32.
+            dtype = torch.float64
         quantized = [quantize_weights(w, scheme, granularity) for w in weights]
         x_codes, x_scale = ACTIVATION_QUANTIZERS[activations](x.float())
         x_codes = x_codes.to(dtype)
         if isinstance(granularity, int):
             w = torch.cat([dequantize(codes, scale) for codes, scale in quantized]).to(dtype)
             w_scale = torch.ones_like(w[:, 0], dtype=torch.float32)
-            if dtype == torch.float32:
+            if dtype in (torch.float32, torch.float64):
                 y = _sum_groups(x_codes, quantized, granularity)
             else:
                 y = F.linear(x_codes, w).float()
@@ -84,7 +88,8 @@ def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: 
     y = torch.zeros(())
     for g, start in enumerate(range(0, w_codes.shape[1], group)):
         inputs = slice(start, start + group)
-        y = y + F.linear(x_codes[..., inputs], w_codes[:, inputs]) * w_scale[:, g]
+        sums = F.linear(x_codes[..., inputs], w_codes[:, inputs].to(x_codes.dtype)).float()
+        y = y + sums * w_scale[:, g]
     return y
 
 

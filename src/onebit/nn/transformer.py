@@ -105,7 +105,7 @@ class Transformer(nn.Module):
     Args:
         config: shape and flags.
         seed: of the initial weights: normal with deviation 0.02, o and down divided by sqrt(2 n_layers).
-        head: how the engine will keep the head: "q8" or "bf16".
+        head: how the engine will keep embedding and head: "q8" or "bf16".
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, head: str = "q8") -> None:
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         is_bf16 = self.head_format == "bf16"
         embed_VD: Tensor = self.embed.weight
         if quantized:
-            embed_VD = bf16_rows(embed_VD) if is_bf16 and self.config.tied_head else int8_rows(embed_VD)
+            embed_VD = bf16_rows(embed_VD) if is_bf16 else int8_rows(embed_VD)
         x_BTD = F.embedding(tokens_BT, embed_VD)
         cos_TH, sin_TH = self.cos[:length], self.sin[:length]
         for block in self.layers:
