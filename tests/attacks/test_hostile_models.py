@@ -181,7 +181,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "truncated or is no .onebit",
     ),
     "header of no bytes": (lambda c: bytes(8) + c[8:], "not valid JSON"),
-    "gguf": (lambda c: b"GGUF\x03\x00\x00\x00" + c, "it is cut or damaged"),
+    "gguf": (lambda c: b"GGUF\x03\x00\x00\x00" + c, "this is a GGUF file|it is cut or damaged"),
     "zip": (lambda c: b"PK\x03\x04\x14\x00\x00\x00" + c, "a zip archive, perhaps a PyTorch checkpoint"),
     "pickle": (lambda c: b"\x80\x02}q\x00X\x04\x00" + c, "a Python pickle"),
     "hdf5": (lambda c: b"\x89HDF\r\n\x1a\n" + c, "an HDF5 file"),

@@ -57,7 +57,7 @@ def test_convert_refuses_before_it_writes(folder, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("buy milk")
     for dst, encoding, message in (
-        (tmp_path / "x.gguf", None, "TQ2_0 needs multiples of 256 inputs, and q has 48; this model fits F16"),
+        (tmp_path / "x.gguf", None, "I2_S needs multiples of 128 inputs, and q has 48; this model fits F16"),
         (tmp_path / "x.gguf", "t80", "a GGUF file has TQ2_0, TQ1_0"),
         (tmp_path / "x.bin", None, "nothing is written to a .bin file; expected .onebit, .gguf, or a folder"),
         (tmp_path / "x.onebit", "b128", "expected"),

@@ -113,7 +113,8 @@ def write(
     Args:
         checkpoint: the model.
         path: what to make or to replace.
-        encoding: how the linear layers are stored; `encodings` lists the names. None takes the first that fits.
+        encoding: how the linear layers are stored; `encodings` lists the names. None takes the usual one of the model,
+            which keeps weight codes as codes.
         head: for a .onebit file, "q8" or "bf16"; see `onebit.checkpoint.quantize`.
 
     Raises:
@@ -128,11 +129,10 @@ def write(
         return native.write(checkpoint, path, encoding, head)
     if head is not None:
         raise ValueError(f"head {head!r}: only a .onebit file has a choice of heads")
-    module = gguf if path.suffix == GGUF_SUFFIX else hf
-    if encoding is None:
-        reasons = module.refusals(checkpoint)
-        encoding = next((name for name, reason in reasons.items() if reason is None), names[0])
-    module.write(checkpoint, path, encoding)
+    if path.suffix == GGUF_SUFFIX:
+        gguf.write(checkpoint, path, encoding or gguf.usual_kind(checkpoint))
+    else:
+        hf.write(checkpoint, path, encoding or hf.usual_kind(checkpoint))
 
 
 def encodings(path: Path) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ def convert(
     Args:
         src: see `read`.
         dst: what to make or to replace; its suffix is the format, see `write`.
-        encoding: how the linear layers are stored; None takes the first that fits, or keeps that of a .onebit file.
+        encoding: how the linear layers are stored; None takes the usual one, or keeps that of a .onebit file.
         head: for a .onebit file, "q8" or "bf16".
         allow_lossy: write also what changes values of the model. Rounding a master the way it was trained to be
             rounded is no loss.

@@ -19,6 +19,7 @@ from onebit.checkpoint import LINEAR_ENCODINGS, Checkpoint, Stored, Tensor
 from onebit.config import Activations, ModelConfig
 from onebit.formats import gguf_file, gguf_keys, names, vocabulary
 from onebit.formats.blocks import BLOCKS, SCHEMES, Block
+from onebit.formats.families import family
 from onebit.formats.files import Buffer, read_bytes
 from onebit.formats.floats import FLOATS, decode, width_of
 from onebit.formats.gguf_file import Header, Place
@@ -116,6 +117,19 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], kind: str) -> No
                 yield target, chunk
 
     gguf_file.write(Path(path), metadata, specs, chunks())
+
+
+def usual_kind(checkpoint: Checkpoint) -> str:
+    """The type in which the programs that know such a model expect it; codes stay codes."""
+    config = checkpoint.config
+    if config.weights == "dense":
+        widths = {width_of(tensor) for name, tensor in checkpoint.tensors.items() if config.is_linear(name)}
+        return widths.pop() if len(widths) == 1 else "F32"
+    if config.weights == "b1":
+        return "Q1_0"
+    if family(config) == "bitnet" and config.activation == "relu2":
+        return "I2_S"
+    return "TQ2_0" if _misfit(config, "TQ2_0") is None else "Q2_0"
 
 
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:

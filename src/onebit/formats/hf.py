@@ -21,12 +21,12 @@ from onebit.formats import hf_config, hf_tokenizer, names, ternary
 from onebit.formats.floats import FLOATS, decode, in_file
 from onebit.formats.hf_config import Description
 from onebit.formats.hf_files import Located, locate, read_json
-from onebit.formats.hf_write import KINDS, check_replaceable, move_folder, refusals, write
+from onebit.formats.hf_write import KINDS, check_replaceable, move_folder, refusals, usual_kind, write
 from onebit.formats.tensors import Json, named, shorten
 from onebit.packing import Float32, Int8, UInt8
 from onebit.quant import dequantize
 
-__all__ = ["KINDS", "check_replaceable", "is_model", "move_folder", "read", "refusals", "write"]
+__all__ = ["KINDS", "check_replaceable", "is_model", "move_folder", "read", "refusals", "usual_kind", "write"]
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 1 << 20

@@ -57,8 +57,8 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
 
     "packed" has four ternary weights in a byte, and a scale in the width of the other numbers, which multiplies
     (linear_class autobitlinear), or divides (bitlinear) where only so bfloat16 holds it. Where bfloat16 holds not all
-    numbers, all are float32: transformers loads a packed model as it is. "dense" has weights in floating point: those of
-    a dense model, or of a ternary master, which transformers then rounds as we do (quantization_mode online); of any
+    numbers, all are float32: transformers loads a packed model as it is. "dense" has weights in floating point: those
+    of a dense model, or of a ternary master, which transformers then rounds as we do (quantization_mode online); of any
     other model codes * scale, whose activations transformers does not round.
 
     Args:
@@ -103,6 +103,11 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def usual_kind(checkpoint: Checkpoint) -> str:
+    """How a model is written unless one asks for something else; codes stay codes."""
+    return "dense" if checkpoint.config.weights == "dense" else "packed"
 
 
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
