@@ -61,7 +61,7 @@ def test_convert_refuses_before_it_writes(folder, tmp_path):
         (tmp_path / "x.gguf", "t80", "a GGUF file has TQ2_0, TQ1_0"),
         (tmp_path / "x.bin", None, "nothing is written to a .bin file; expected .onebit, .gguf, or a folder"),
         (tmp_path / "x.onebit", "b128", "expected"),
-        (tmp_path / "x.onebit", "TQ2_0", "a .onebit file has t80, r64"),
+        (tmp_path / "x.onebit", "TQ2_0", "expected t80 or r64"),
         (tmp_path / "notes", None, "something else than a Hugging Face model"),
         (folder, None, "something else than a Hugging Face model"),
     ):
