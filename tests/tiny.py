@@ -1,6 +1,7 @@
 """The only fixture library: tiny configs, checkpoints, a tokenizer and a model that needs no weights."""
 
 import json
+import struct
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,51 @@ def tokenizer_json(vocab_size: int = CONFIG.vocab_size) -> bytes:
     )
     bpe.train_from_iterator([TEXT], trainer)
     return bpe.to_str().encode()
+
+
+def sentencepiece_model(
+    pieces,
+    model_type: int = 2,
+    byte_fallback: bool = True,
+    add_dummy_prefix: bool = True,
+    remove_extra_whitespaces: bool = False,
+) -> bytes:
+    """A SentencePiece tokenizer.model, written by hand.
+
+    Args:
+        pieces: of (text, score, type), in the order of their ids.
+        model_type: 1 is unigram, 2 BPE.
+        byte_fallback: unknown characters are spelled in bytes.
+        add_dummy_prefix: texts begin with a space.
+        remove_extra_whitespaces: spaces at the ends and after spaces go.
+    """
+
+    def varint(value: int) -> bytes:
+        return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    def message(field: int, content: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(content)) + content
+
+    parts = [
+        message(1, message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind))
+        for text, score, kind in pieces
+    ]
+    parts.append(message(2, number(3, model_type) + number(35, byte_fallback)))
+    spaces = number(3, add_dummy_prefix) + number(4, remove_extra_whitespaces) + number(5, True)
+    parts.append(message(3, message(1, b"identity") + spaces))
+    return b"".join(parts)
+
+
+# What every SentencePiece vocabulary here begins with: unknown, begin, end, and the bytes.
+SENTENCEPIECE_HEAD = [
+    ("<unk>", 0.0, 2),
+    ("<s>", 0.0, 3),
+    ("</s>", 0.0, 3),
+    *[(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)],
+]
 
 
 def tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -1,7 +1,9 @@
 """The `tokenizer.ggml.*` keys of a GGUF file to a tokenizer.json, and back.
 
-Two kinds are known: "gpt2", byte-level BPE, and "llama", SentencePiece BPE. Both are read as llama.cpp reads them, and
-what is written is refused where llama.cpp would find other tokens. Source: llama.cpp, src/llama-vocab.cpp.
+Two kinds are known: "gpt2", byte-level BPE, and "llama", SentencePiece BPE. Files are read as llama.cpp reads them, but
+for words that it cuts otherwise than the model's own tokenizer (`falcon`, `deepseek-llm`; `gpt-4o` and `tekken` around
+combining marks) and characters that it does not compose (`qwen2`, `olmo`, `mpt`). Source: llama.cpp,
+src/llama-vocab.cpp.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ _NO_VOCABULARY = (None, "no_vocab", "none")
 
 # The keys of tokens that end a text, in the order in which they are written.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Many files name only the first of several; llama.cpp ends a text at these too.
+# Many files name only the first of several; llama.cpp then ends a text at these too.
 _END_TEXTS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
 
 _Ids = tuple[int, ...]
@@ -64,7 +66,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     bos = _token(metadata, "bos_token_id", len(tokens), bos)
     unknown = _token(metadata, "unknown_token_id", len(tokens), unknown)
     ends = [_token(metadata, key, len(tokens), eos if key == _ENDS[0] else None) for key in _ENDS]
-    ends += [vocab[text] for text in _END_TEXTS if text in vocab and types[vocab[text]] == _CONTROL]
+    if ends[1:] == [None, None]:
+        ends += [vocab[text] for text in _END_TEXTS if text in vocab and types[vocab[text]] == _CONTROL]
     eos_tokens = tuple(dict.fromkeys(end for end in ends if end is not None))
 
     specials = (_UNKNOWN, _CONTROL)
@@ -154,10 +157,12 @@ def _read_llama(
     scores = _array(metadata, "scores", len(vocab), np.float32)
     if not np.isfinite(scores).all():
         raise ValueError("tokenizer.ggml.scores has values that are no finite numbers; the file is damaged")
+    # Runs of spaces, which some models define themselves, are made by merging too: texts have no such character.
     made = {
         text: float(scores[i])
         for text, i in vocab.items()
-        if types[i] in (_NORMAL, _UNUSED) and i not in added and text not in bpe.BYTE_PIECES
+        if (types[i] in (_NORMAL, _UNUSED) and i not in added and text not in bpe.BYTE_PIECES)
+        or (types[i] == _USER_DEFINED and set(text) == {bpe.SPACE})
     }
     merges = bpe.merges_by_score(made, vocab)
     prefix = _get(metadata, "add_space_prefix", bool, True)

@@ -35,8 +35,10 @@ class _Model(NamedTuple):
 def from_sentencepiece(model: bytes) -> bytes:
     """The tokenizer.json that encodes as a SentencePiece model does; BPE and unigram models.
 
-    A piece that the model calls user-defined ends the text before it: where the model puts a space in front
-    of a text (`add_dummy_prefix`), one also follows such a piece, as in llama.cpp.
+    The same tokens, but for three corners of the library that reads the result. A piece that the model calls
+    user-defined ends the text before it: where a text begins with a space of its own (`add_dummy_prefix`), one also
+    follows such a piece, as in llama.cpp. A map of characters (NFKC) may join rare heaps of combining marks in another
+    way. A unigram model may pick another of several equally likely ways.
 
     Args:
         model: the contents of a tokenizer.model.
@@ -63,6 +65,10 @@ def from_sentencepiece(model: bytes) -> bytes:
         raise ValueError(f"the SentencePiece model has {len(unknown)} unknown pieces; expected 1")
     byte_fallback = bool(_integer(trainer, 35, 0))
     prefix = bool(_integer(normalizer, 3, 1))
+    if _USER_DEFINED in {p.kind for p in pieces} and _integer(normalizer, 4, 1):
+        raise ValueError(
+            "the SentencePiece model removes spaces and has user-defined pieces; that is not supported"
+        )
     steps = _normalizers(normalizer)
 
     if kind == _BPE:
@@ -95,6 +101,9 @@ def _normalizers(spec: dict[int, int | bytes]) -> list[Json]:
         # The library indexes with this length unchecked.
         if len(charsmap) < 4 or int.from_bytes(charsmap[:4], "little") > len(charsmap) - 4:
             raise ValueError("the map of characters ends early; the file is damaged")
+        # The library looks up a character and its marks at once; composed, most are one character.
+        if b"nfkc" in _message(spec.get(1, b""), "the normalizer's name"):
+            steps.append({"type": "NFKC"})
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if _integer(spec, 4, 1):
         for pattern, content in ((r"\A +", ""), (rf"[ {bpe.SPACE}]+\z", ""), (" {2,}", " ")):

@@ -33,8 +33,6 @@ __all__ = [
 ]
 
 _MAX_BYTES = 64 << 20
-# Far above the longest token of a real rank file, 128 bytes.
-_MAX_TOKEN_BYTES = 256
 
 LLAMA3_PATTERN = presplit.LLAMA3
 
@@ -176,7 +174,7 @@ def _parse_ranks(ranks: bytes) -> list[bytes]:
             raise ValueError(
                 f"line {number} of the rank file is {shorten(line)}; expected base64 and rank"
             ) from None
-        if not 0 < len(token) <= _MAX_TOKEN_BYTES or i < 0 or i in tokens:
+        if not 0 < len(token) <= bpe.MAX_LENGTH or i < 0 or i in tokens:
             raise ValueError(
                 f"line {number} of the rank file is {shorten(line)}; expected a new token and rank"
             )
