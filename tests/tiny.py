@@ -1,8 +1,10 @@
 """The only fixture library: tiny configs, checkpoints, a tokenizer and a model that needs no weights."""
 
+import json
 import struct
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import tokenizers
 
 from onebit.checkpoint import Checkpoint, granularity, quantize, scale_shape
 from onebit.config import ModelConfig
-from onebit.packing import MAX_CODE, TILE_ROWS, PackedTensor, pack, packed_shape
+from onebit.packing import MAX_CODE, TILE_ROWS, PackedTensor, from_bf16, pack, packed_shape, to_bf16
 from onebit.quant import quantize_weights
 
 EOS = 0
@@ -185,3 +187,41 @@ class FakeModel:
                     seen = cache.tokens[table].reshape(-1)[: positions[j] + 1]
                     out[row, self.next_token(seen.tolist())] = 1.0
         return out
+
+
+# A model that transformers has a class for: its sub-norm needs n_heads * d_head = d_model.
+BITNET = replace(CONFIG, d_head=12)
+
+
+def bf16_exact(checkpoint: Checkpoint) -> Checkpoint:
+    """A float32 checkpoint with all values rounded to bfloat16."""
+    tensors = {name: from_bf16(to_bf16(w)) for name, w in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors)
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change fields of a JSON file; one that becomes ... is removed."""
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({name: x for name, x in (values | changes).items() if x is not ...}))
+
+
+def read_safetensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Dtype, shape and bytes of all tensors of a file."""
+    contents = path.read_bytes()
+    end = 8 + int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8:end])
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], entry["shape"], contents[end:][slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """The inverse of read_safetensors."""
+    header, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)

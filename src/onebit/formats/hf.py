@@ -205,7 +205,7 @@ def _stored(
         activations: Any = "a8" if is_bitnet or "a15" not in get_args(Activations) else "a15"
         config = replace(config, weights=exact.weights, activations=activations, scale=exact.scale)
         for name in linear:
-            stored[name] = _with_codes(tensors[name].name, stored[name], exact)
+            stored[name] = _with_codes(tensors[name], stored[name], exact)
         return config, stored, "part of the weights"
     if description.is_master:
         return replace(config, weights="b1.58", activations="a8", scale="tensor"), stored, "of the rounding"
@@ -219,7 +219,16 @@ def _floats(tensor: Located, shape: tuple[int, ...]) -> Stored:
         raise ValueError(
             f"tensor {tensor.name} is {shorten(list(tensor.shape))}; config.json asks for {list(shape)}"
         )
-    return in_file(tensor.path, tensor.begin, tensor.dtype, shape)
+    stored = in_file(tensor.path, tensor.begin, tensor.dtype, shape)
+
+    def rows(begin: int, end: int) -> Float32:
+        with named(tensor.path):
+            values = stored.rows(begin, end)
+            if not np.isfinite(values).all():
+                raise ValueError(f"tensor {tensor.name} holds NaN or infinity; the file is damaged")
+            return values
+
+    return replace(stored, rows=rows)
 
 
 def _multipliers(
@@ -296,13 +305,13 @@ def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32) -> Sto
         return found
 
     def codes() -> tuple[Int8, Float32]:
-        data = tensor.read().reshape(n // 4, k)
-        quarters = [_quarter(data, i, tensor.name, i * n // 4) for i in range(4)]
-        return np.concatenate(quarters), multiplier
+        with named(tensor.path):
+            return some(0, n), multiplier
 
     def rows(begin: int, end: int) -> Float32:
-        values: Float32 = dequantize(some(begin, end).astype(np.float32), multiplier)
-        return values
+        with named(tensor.path):
+            values: Float32 = dequantize(some(begin, end).astype(np.float32), multiplier)
+            return values
 
     return Stored(shape, tensor.dtype, tensor.n_bytes + 4, rows, codes)
 
@@ -324,15 +333,19 @@ def _exactly_ternary(
     """What the first layer shows, of a model whose weights nobody is said to round."""
     if description.meaning:
         return None
-    first = linear[:7]
-    matrices = [tensor for name in first if isinstance(tensor := stored[name], Stored)]
-    with np.errstate(invalid="ignore"):
-        return ternary.detect(
-            [tensor.rows for tensor in matrices], [(t.shape[0], t.shape[1]) for t in matrices]
-        )
+    matrices = [tensor for name in linear[:7] if isinstance(tensor := stored[name], Stored)]
+    return ternary.detect(
+        [tensor.rows for tensor in matrices], [(tensor.shape[0], tensor.shape[1]) for tensor in matrices]
+    )
 
 
-def _with_codes(name: str, tensor: Tensor, found: ternary.Found) -> Stored:
-    assert isinstance(tensor, Stored)
-    rows, shape = tensor.rows, tensor.shape
-    return replace(tensor, codes=lambda: ternary.exact_codes(name, rows(0, shape[0]), found))
+def _with_codes(tensor: Located, stored: Tensor, found: ternary.Found) -> Stored:
+    assert isinstance(stored, Stored)
+    rows = stored.rows
+
+    def codes() -> tuple[Int8, Float32]:
+        w = rows(0, tensor.shape[0])
+        with named(tensor.path):
+            return ternary.exact_codes(tensor.name, w, found)
+
+    return replace(stored, codes=codes)

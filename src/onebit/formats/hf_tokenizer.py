@@ -67,13 +67,11 @@ def read(folder: Path, vocab_size: int) -> Found:
     specials = _specials(folder, settings)
     bos, eos = (vocab.get(text) if text is not None else None for text in specials)
     first = _prepended(tokenizer.get("post_processor"), vocab)
-    adds = settings.get("add_bos_token")
-    if not isinstance(adds, bool):
-        # The classes of SentencePiece models add it unless they are told not to.
-        is_old = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") or source.endswith(
-            ".model"
-        )
-        adds = first is not None or (is_old and tokenizer.get("post_processor") is None)
+    adds = first is not None
+    if source != TOKENIZER:
+        # Only where there is no tokenizer.json does transformers look here.
+        told = settings.get("add_bos_token")
+        adds = told if isinstance(told, bool) else source == "tokenizer.model"
     return Found(data, template, adds, first if first is not None else bos, eos)
 
 
@@ -96,7 +94,12 @@ def build(tokenizer: bytes | None, chat_template: str | None, config: ModelConfi
         files[TEMPLATE] = chat_template.encode("utf-8")
     if tokenizer is None:
         return files
-    texts = {token: text for text, token in _vocabulary(parse_json(tokenizer, TOKENIZER)).items()}
+    parsed = parse_json(tokenizer, TOKENIZER)
+    vocab = _vocabulary(parsed)
+    texts = {token: text for text, token in vocab.items()}
+    if _prepended(parsed.get("post_processor"), vocab) != config.bos_token:
+        parsed["post_processor"] = _prepends(texts, config.bos_token)
+        tokenizer = json.dumps(parsed, separators=(",", ":")).encode()
     settings: Json = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_seq_len,
@@ -104,7 +107,6 @@ def build(tokenizer: bytes | None, chat_template: str | None, config: ModelConfi
         "bos_token": texts.get(-1 if config.bos_token is None else config.bos_token),
         "eos_token": texts.get(eos[0]) if eos else None,
     }
-    settings["add_bos_token"] = settings["bos_token"] is not None
     if chat_template is not None:
         # Readers from before 2025 look here alone.
         settings["chat_template"] = chat_template
@@ -256,6 +258,28 @@ def _prepended(processor: Any, vocab: dict[str, int]) -> int | None:
         if isinstance(name, str) and name in vocab:
             return vocab[name]
     return None
+
+
+def _prepends(texts: Mapping[int, str], bos_token: int | None) -> Json | None:
+    """The post-processor that puts a token before a text."""
+    if bos_token is None:
+        return None
+    if bos_token not in texts:
+        raise ValueError(
+            f"the tokenizer has no token {bos_token}, which the config has every text begin with"
+        )
+    text = texts[bos_token]
+    bos, first, second = (
+        {"SpecialToken": {"id": text, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 1}},
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, second],
+        "special_tokens": {text: {"id": text, "ids": [bos_token], "tokens": [text]}},
+    }
 
 
 def _dump(values: Json) -> bytes:

@@ -56,10 +56,10 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
     """Write a model as a folder for transformers, whole or not at all; a model that is there is replaced.
 
     "packed" has four ternary weights in a byte, and a scale in the width of the other numbers, which multiplies
-    (linear_class autobitlinear), or divides (bitlinear) where only so bfloat16 holds it. Where bfloat16 holds not all
-    numbers, all are float32: transformers loads a packed model as it is. "dense" has weights in floating point: those
-    of a dense model, or of a ternary master, which transformers then rounds as we do (quantization_mode online); of any
-    other model codes * scale, whose activations transformers does not round.
+    (linear_class autobitlinear), or divides (bitlinear) where only so bfloat16 holds it. Where bfloat16 does not hold
+    all numbers, all are float32: transformers loads a packed model as it is. "dense" has weights in floating point:
+    those of a dense model, or of a ternary master, which transformers then rounds as we do (quantization_mode online);
+    of any other model codes * scale, whose activations transformers does not round.
 
     Args:
         checkpoint: any.
