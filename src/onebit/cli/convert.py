@@ -19,9 +19,7 @@ def convert(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(
-            help="How the head is kept, and an embedding tied to it: q8 (default), int8 rows, or bf16, for fidelity."
-        ),
+        typer.Option(help="How embedding and head are kept: q8 (default), int8 rows, or bf16, for fidelity."),
     ] = None,
 ) -> None:
     """Pack a trained model into one .onebit file.
