@@ -80,12 +80,37 @@ def test_histogram_counts_codes_without_padding():
         code_histogram(master)
 
 
-def test_a_token_reads_the_head_and_a_row_of_the_embedding():
-    for tied in (True, False):
-        packed = quantize(tiny.master(tiny.config(tied_head=tied)))
-        arrays = [a for t in packed.tensors.values() for a in (t[2:] if isinstance(t, PackedTensor) else [t])]
-        unread = 0 if tied else 319 * (48 + 4)
-        assert token_bytes(packed) == sum(array.nbytes for array in arrays) - unread
+@pytest.mark.parametrize("scale", ["tensor", "row", 16])
+def test_coded_rows_change_their_layout_with_the_layers(scale):
+    master = tiny.master(tiny.config(scale=scale, tied_head=False))
+    t80, r64 = (tiny.coded(master, encoding) for encoding in ("t80", "r64"))
+    assert (t80.head, r64.head) == ("t80", "r64") and quantize(t80) is t80
+    for there in (quantize(t80, "r64"), quantize(quantize(r64, "t80"), "r64")):
+        for name, tensor in there.tensors.items():
+            other = r64.tensors[name]
+            pairs = (
+                [(tensor, other)]
+                if isinstance(tensor, np.ndarray)
+                else zip(tensor[2:], other[2:], strict=True)
+            )
+            assert all(np.array_equal(a, b) for a, b in pairs)
+    codes, scales = quant.quantize_weights(master.tensors["head.weight"], "b1.58", scale)
+    assert np.array_equal(dequantize(t80).tensors["head.weight"], quant.dequantize(codes, scales))
+    assert t80.tensors["head.weight"].scale.shape == scales.shape
+    assert code_histogram(t80) == code_histogram(r64)
+    with pytest.raises(ValueError, match="the head of this packed model is t80"):
+        quantize(t80, head="q8")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pack", [quantize, tiny.coded])
+def test_a_token_reads_the_head_and_a_row_of_the_embedding(tied, pack):
+    packed = pack(tiny.master(tiny.config(tied_head=tied)))
+    arrays = [a for t in packed.tensors.values() for a in (t[2:] if isinstance(t, PackedTensor) else [t])]
+    embedding = packed.tensors["embed.weight"]
+    size = embedding.data.nbytes + embedding.scale.nbytes
+    unread = 0 if tied else size - size // 320
+    assert token_bytes(packed) == sum(array.nbytes for array in arrays) - unread
 
 
 def test_parts_add_up():
@@ -202,6 +227,8 @@ def test_a_bf16_head_comes_from_a_master_only():
 
 
 def test_parts_of_a_bf16_head():
+    untied = quantize(tiny.master(tiny.config(tied_head=False)), head="bf16")
+    assert untied.tensors["embed.weight"].encoding == untied.tensors["head.weight"].encoding == "bf16"
     packed = quantize(tiny.master(), head="bf16")
     sizes = {part.name: part for part in parts(packed)}
     assert list(sizes) == ["embedding", "linear", "norms", "shortlist", "tokenizer"]

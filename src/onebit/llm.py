@@ -120,7 +120,8 @@ class LLM:
             processes share the pages of the file.
 
     Raises:
-        ValueError: an unknown kv_cache or shortlist, or heads too wide for "int8".
+        ValueError: an unknown kv_cache or shortlist, a shortlist for a head of weight codes, or heads too wide for
+            "int8".
     """
 
     def __init__(

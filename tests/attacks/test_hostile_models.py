@@ -4,6 +4,7 @@ Every file is a valid one with one thing wrong, built here. Where the header is 
 again, so that the check behind it is reached: an attacker can count too.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -254,6 +255,11 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         encoding("layers.0.gate.weight", encoding="r64"),
         r"is uint8 \[1, 12, 64\]; expected uint8 \[2, 12, 64\]",
     ),
+    "encoding of the embedding": (
+        encoding("embed.weight", encoding="t80", scale="tensor"),
+        "embed.weight is uint8",
+    ),
+    "scale of a coded embedding": (encoding("embed.weight", encoding="t80"), "embed.weight is described as"),
     "encoding of a norm": (encoding(NORM, encoding="q8"), "norm.weight' is not part"),
     "encoding of nothing": (encoding("evil\n", encoding="q8"), r"evil\\n' is not part"),
     "encoding with another shape": (encoding(Q, shape=[48, 64]), "is described as"),
@@ -324,6 +330,32 @@ def test_hostile_file_is_refused_in_one_line(name, valid, tmp_path):
     with pytest.raises((ValueError, OSError)):
         formats.convert(path, tmp_path / "y.onebit", "r64")
     assert [file.name for file in tmp_path.iterdir()] == ["x.onebit"]
+
+
+KINDS = {
+    "q8": lambda weights: quantize(tiny.master(tiny.config(tied_head=False, weights=weights))),
+    "bf16": lambda weights: quantize(tiny.master(tiny.config(tied_head=False, weights=weights)), head="bf16"),
+    "codes": lambda weights: tiny.coded(tiny.master(tiny.config(tied_head=False, weights=weights))),
+}
+CASES = [(embed, head, "b1.58", "b1.58") for embed in KINDS for head in KINDS]
+CASES += [("codes", "codes", "b1.58", "b1"), ("codes", "codes", "b1", "b1.58")]
+
+
+@pytest.mark.parametrize(("embed", "head", "rows", "layers"), CASES)
+def test_embedding_and_head_are_of_one_kind(embed, head, rows, layers, tmp_path):
+    """A file with layers and head of one model and the embedding of another, as no writer of ours makes it."""
+    model, other = KINDS[head](layers), KINDS[embed](rows)
+    tensors = model.tensors | {"embed.weight": other.tensors["embed.weight"]}
+    mixed = copy.copy(model)
+    object.__setattr__(mixed, "tensors", tensors)
+    native.write(mixed, tmp_path / "x.onebit")
+    if (embed, rows) == (head, layers):
+        native.verify(tmp_path / "x.onebit")
+        return
+    message = r"embed.weight has encoding '\w+'; expected (t80 or r64|\w+), because the head is \w+"
+    assert re.search(message, refusal(tmp_path / "x.onebit"))
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(model.config, tensors)
 
 
 def test_the_builder_keeps_a_valid_file_valid(valid, tmp_path):

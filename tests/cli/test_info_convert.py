@@ -103,6 +103,15 @@ def test_info_shows_a_full_precision_twin(folder):
     assert rows(out)["encoding"] == ["bf16"] and "codes" not in rows(out)
 
 
+def test_info_shows_coded_rows(tmp_path):
+    formats.write(tiny.coded(tiny.master(tiny.config(weights="b1", scale=16))), tmp_path / "x.onebit")
+    code, out, _ = cli(tmp_path, "info", "x.onebit", "--verify")
+    assert code == 0 and rows(out)["label"] == ["W1A8KV16H1"]
+    assert rows(out)["head"] == ["b128 codes, 15-bit activations"]
+    code, _, err = cli(tmp_path, "run", "Once", "-m", "x.onebit", "--shortlist", "int4")
+    assert code == 2 and "shortlist int4: the head is b128 codes" in err and err.count("\n") == 1
+
+
 def test_info_verify_finds_a_flipped_bit(folder, tmp_path):
     assert "verified" in cli(folder, "info", "tiny.onebit", "--verify")[1]
     data = bytearray((folder / "tiny.onebit").read_bytes())

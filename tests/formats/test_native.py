@@ -11,6 +11,7 @@ import tiny
 from onebit.checkpoint import HEADS, Checkpoint, quantize
 from onebit.config import ModelConfig, RopeScaling
 from onebit.formats import native
+from onebit.formats import tensors as container
 from onebit.packing import PackedTensor
 
 VARIANTS = [
@@ -60,6 +61,26 @@ def test_round_trip_of_a_bf16_head(tmp_path, tied_head):
     q8 = quantize(tiny.master())
     with pytest.raises(ValueError, match=r"tensor shortlist.bounds is not part"):
         replace(q8, tensors=q8.tensors | {"shortlist.bounds": packed.tensors["shortlist.bounds"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "encoding", "label"),
+    [
+        ({"weights": "b1", "activations": "a15", "scale": 16}, "b128", "W1A15KV16H1"),
+        ({"scale": "row", "tied_head": False}, "t80", "W1.58A8KV16H1.58"),
+        ({"activations": "a15"}, "r64", "W1.58A15KV16H1.58"),
+    ],
+)
+def test_round_trip_of_coded_rows(tmp_path, changes, encoding, label):
+    packed = tiny.coded(tiny.master(tiny.config(vocab_size=323, **changes)), encoding)
+    assert (packed.head, packed.label) == (encoding, label)
+    native.write(packed, tmp_path / "x.onebit")
+    assert_equal(native.read(tmp_path / "x.onebit"), packed)
+    native.verify(tmp_path / "x.onebit")
+    header, _ = container.split_header(container.map_file(tmp_path / "x.onebit"))
+    entries = json.loads(header["__metadata__"]["encodings"])
+    expected = {"encoding": encoding, "shape": [323, 48], "scale": packed.config.scale}
+    assert entries["embed.weight"] == expected == entries.get("head.weight", expected)
 
 
 def test_a_bare_model_needs_no_tokenizer(tmp_path):
