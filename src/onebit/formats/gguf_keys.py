@@ -241,6 +241,9 @@ def _read_activation(keys: _Keys) -> FfnActivation:
 def _read_scaling(keys: _Keys, context: int) -> RopeScaling | None:
     kind = keys.value("rope.scaling.type", "linear")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
+    multiplier = keys.number("rope.scaling.attn_factor", 1.0)
+    if multiplier != 1 and kind != "yarn":
+        raise ValueError(f"{keys.prefix}rope.scaling.attn_factor is {multiplier}; onebit has it for yarn only")
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     values: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -252,12 +255,7 @@ def _read_scaling(keys: _Keys, context: int) -> RopeScaling | None:
             "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         }
-    multiplier = keys.number("rope.scaling.attn_factor", 1.0)
-    if multiplier != 1:
-        if kind != "yarn" or factor <= 0:
-            raise ValueError(
-                f"{keys.prefix}rope.scaling.attn_factor is {multiplier}; onebit has it for yarn only"
-            )
+    if multiplier != 1 and factor > 0:
         values["attention_factor"] = multiplier * (0.1 * math.log(factor) + 1)
     return RopeScaling.from_dict(values)
 
