@@ -158,9 +158,8 @@ def _checkpoint(path: Path, header: Header) -> Checkpoint:
         rope_factors=None if factors is None else _vector(path, _ROPE_FACTORS, factors),
     )
     words = vocabulary.from_gguf(metadata)
-    n_tokens = len(metadata.get("tokenizer.ggml.tokens", ()))
-    if words.tokenizer is not None and n_tokens != config.vocab_size:
-        raise ValueError(f"the vocabulary has {n_tokens} tokens; the embedding has {config.vocab_size} rows")
+    if words.tokenizer is not None and (n := len(metadata["tokenizer.ggml.tokens"])) != config.vocab_size:
+        raise ValueError(f"the vocabulary has {n} tokens; the embedding has {config.vocab_size} rows")
     config = replace(config, bos_token=words.bos_token, eos_tokens=words.eos_tokens)
     _check_shapes(found, places, config)
     sources = {
@@ -266,7 +265,7 @@ def _with_weights(
         scale = min(source.block.weights for source in linear)
     activations: Any = "a8"
     said = metadata.get(_ACTIVATIONS)
-    if said in get_args(Activations) and said != "none":
+    if isinstance(said, str) and said in get_args(Activations) and said != "none":
         activations = said
     elif not architecture.startswith("bitnet") and "I2_S" not in kinds:
         # One scale for a tensor is how models are made whose activations are rounded too.

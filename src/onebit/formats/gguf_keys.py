@@ -66,10 +66,10 @@ def architecture(metadata: Mapping[str, Any]) -> str:
         ValueError: one that is not supported.
     """
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         expected = ", ".join(ARCHITECTURES)
         raise ValueError(f"general.architecture is {shorten(name)}; onebit reads {expected}")
-    return str(name)
+    return name
 
 
 def read(
@@ -223,24 +223,33 @@ class _Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{self.prefix}{key} is {shorten(value)}; expected a number")
-        # The decimal number that was rounded to float32.
-        return float(str(np.float32(value))) if abs(value) < 1e38 else float(value)
+        """A positive number: the decimal one that was rounded to float32."""
+        found = value = self.value(key, default)
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 2.0**127:
+            found = float(str(np.float32(value)))
+        if not isinstance(found, float) or not 0 < found < 2.0**127:
+            raise ValueError(f"{self.prefix}{key} is {shorten(value)}; expected a positive number")
+        return found
 
 
 def _read_activation(keys: _Keys) -> FfnActivation:
     value = keys.value("hidden_activation", "relu2" if keys.name in _RELU2 else "silu")
     for name in ("silu", "relu2"):
-        if value == name:
+        if isinstance(value, str) and value == name:
             return name
     raise ValueError(f"{keys.prefix}hidden_activation is {shorten(value)}; onebit has silu and relu2")
 
 
 def _read_scaling(keys: _Keys, context: int) -> RopeScaling | None:
     kind = keys.value("rope.scaling.type", "linear")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
+    if not isinstance(kind, str):
+        raise ValueError(f"{keys.prefix}rope.scaling.type is {shorten(kind)}; expected a text")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    multiplier = keys.number("rope.scaling.attn_factor", 1.0)
+    if multiplier != 1 and kind != "yarn":
+        raise ValueError(
+            f"{keys.prefix}rope.scaling.attn_factor is {multiplier}; onebit has it for yarn only"
+        )
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     values: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -252,12 +261,7 @@ def _read_scaling(keys: _Keys, context: int) -> RopeScaling | None:
             "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         }
-    multiplier = keys.number("rope.scaling.attn_factor", 1.0)
     if multiplier != 1:
-        if kind != "yarn" or factor <= 0:
-            raise ValueError(
-                f"{keys.prefix}rope.scaling.attn_factor is {multiplier}; onebit has it for yarn only"
-            )
         values["attention_factor"] = multiplier * (0.1 * math.log(factor) + 1)
     return RopeScaling.from_dict(values)
 
