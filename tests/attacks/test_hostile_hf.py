@@ -24,10 +24,10 @@ NORM = "model.norm.weight"
 MODEL = "model.safetensors"
 INDEX = f"{MODEL}.index.json"
 
-# What no field expects.
+# What hardly a field expects.
 ODD = [
-    None, True, False, 0, -1, 1, 7, 2**24, 2**63, 10**400, 0.5, -0.0, 1e300, 1e-320, "", "x", "\n\u202e", "9" * 5000, [],
-    [[]], [1], ["x"] * 9999, {}, {"a": {"b": 1}}, [[[[[[1]]]]]],
+    None, True, False, 0, -1, 1, 7, 2**24, 2**63, 10**400, 0.5, -0.0, 1e300, 1e-320, "", "x", "\n\u202e", "9" * 5000,
+    [], [[]], [1], ["x"] * 9999, {}, {"a": {"b": 1}}, [[[[[[1]]]]]],
 ]  # fmt: skip
 
 
@@ -149,8 +149,11 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "layers without end": (config(num_hidden_layers=2**24 - 1), "claims 16777215 layers"),
     "more layers": (config(num_hidden_layers=3), r"model.layers.2.* is missing"),
     "fewer layers": (config(num_hidden_layers=1), r"model.layers.1.* has no place in a bitnet of 1 layers"),
-    "another width": (config(intermediate_size=96), r"config.json asks for \[96, 48\]"),
-    "rows not in fours": (config(intermediate_size=82), "rows in fours"),
+    "another width": (config(intermediate_size=96), r"ffn_sub_norm.weight is \[80\]; config.json asks for \[96\]"),
+    "rows not in fours": (
+        config(num_attention_heads=24, head_dim=2, num_key_value_heads=3),
+        r"k_proj.weight is U8 \[6, 48\]; config.json asks for \[6, 48\]: rows in fours",
+    ),
     "odd heads": (config(head_dim=11), "d_head 11 is odd"),
     "a base of infinity": (config(rope_theta=1e300), "rope_theta is 1e"),
     "rope with a bomb": (config(rope_scaling={"x" * 999: 1}), "rope_scaling holds 'xxx"),
@@ -191,7 +194,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "packed unpacked": (tensor(Q, "U8", [48, 48], bytes(2304)), r"is U8 \[48, 48\].*packed \[12, 48\]"),
     "packed signed": (tensor(Q, "I8"), "is I8, but .* is packed"),
     "norm of integers": (tensor(NORM, "I32", [48], bytes(192)), f"{NORM} is I32; expected F32, F16, BF16"),
-    "norm of another size": (tensor(NORM, "F32", [12]), r"asks for \[48\]"),
+    "norm of another size": (tensor(NORM, "F32", [12], bytes(48)), r"asks for \[48\]"),
     "eight-bit floats": (tensor(NORM, "F8_E4M3", [192]), "has dtype 'F8_E4M3'"),
     "code 3": (byte(Q, 50, 0b01110101), rf"tensor {Q} holds the code 3 at \[25, 2\]"),
     "code 3 in the top bits": (byte(Q, 50, 0b11010101), r"holds the code 3 at \[37, 2\]"),
@@ -223,7 +226,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "declared tokens odd": (fields("tokenizer_config.json", added_tokens_decoder=[1]), "expected a table"),
     "declared ids odd": (fields("tokenizer_config.json", added_tokens_decoder={"-1": {"content": "x"}}), "'-1'"),
     "declared with a gap": (
-        fields("tokenizer_config.json", added_tokens_decoder={"9999": {"content": "x"}}),
+        fields("tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<x>"}}),
         "expected no gap",
     ),
     "added ids odd": (text("added_tokens.json", '{"x": "1"}'), "expected an id"),
@@ -299,7 +302,7 @@ SHARDED: dict[str, tuple[Edit, str]] = {
     "a missing file": (index(x="model-00009-of-00009.safetensors"), "missing, first model-00009-of-00009"),
     "a file that went": (lambda folder: first_shard(folder).unlink(), "missing, first model-00001"),
     "a file that loops": (lambda folder: looped(first_shard(folder).name)(folder), "missing, first model-00001"),
-    "a missing tensor": (index(x="model-00001-of-00003.safetensors"), "tensor 'x' is missing; .* has it here"),
+    "a missing tensor": (lambda folder: index(x=first_shard(folder).name)(folder), "'x' is missing; .* has it here"),
     "a tensor elsewhere": (move_a_tensor, r"is missing; model.safetensors.index.json has it here"),
     "a tensor twice": (repeat_a_tensor, "is in model-00001-of-.* too; expected it once"),
     "a cut file": (lambda folder: cut(first_shard(folder).name, 9)(folder), "model-00001.*the file is truncated"),

@@ -256,9 +256,7 @@ def _rope(
             raise ValueError(
                 f"{name} has a table {shorten(key)}: positions that differ by layer do not run here"
             )
-        is_plain = isinstance(value, bool | int | float | None) or (
-            isinstance(value, str) and len(value) < _MAX_TEXT
-        )
+        is_plain = isinstance(value, bool | int | float | str | None) and len(str(value)) < _MAX_TEXT
         if not (is_plain and key.isascii() and key.isprintable() and len(key) < _MAX_TEXT):
             raise ValueError(
                 f"{name} holds {shorten(key)}: {shorten(value)}; expected a number or a short word"
@@ -271,11 +269,10 @@ def _rope(
     kind = table.get("rope_type", table.get("type", "default"))
     table.setdefault("rope_type", kind)
     if kind in ("llama3", "yarn"):
-        outer = values.get("original_max_position_embeddings")
-        if outer is not None:
-            table["original_max_position_embeddings"] = outer if type(outer) is int else shorten(outer)
-        original = table.setdefault("original_max_position_embeddings", max_seq_len)
-        if kind == "yarn" and "factor" not in table and type(original) is int and original > 0:
+        name = "original_max_position_embeddings"
+        original = _whole(values, name, _whole(table, name, max_seq_len))
+        table[name] = original
+        if kind == "yarn" and "factor" not in table:
             table["factor"] = max_seq_len / original
     for key in ("attn_factor", "finetuned"):
         # Of converters long gone; transformers reads neither.
