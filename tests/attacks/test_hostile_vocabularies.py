@@ -62,6 +62,7 @@ SENTENCEPIECE = {
     "words": (spm(model_type=3), "of type word; expected BPE or unigram"),
     "made of nothing": (spm(("xa", 0.0, 1)), "'xa' is made of 'x', which is no piece"),
     "tie": (spm(("ba", -9.0, 1), ("aa", -9.0, 1), ("bb", -9.0, 1)), "the same score"),
+    "urgent tie": (spm(("ba", -9.0, 1), ("aa", -9.0, 1), ("bba", -5.0, 1)), "the same score"),
     "too long": (spm(("a" * 600, 0.0, 1)), "is 600 long; expected at most 256"),
     "spaces removed around pieces": (
         spm(("c", 0.0, 4), remove_extra_whitespaces=True),

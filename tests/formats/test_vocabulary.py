@@ -417,6 +417,24 @@ def test_a_sentencepiece_vocabulary_has_defaults():
     assert encode(read.tokenizer, "Lily ran") == encode(DOCUMENTS["default"](), "Lily ran")
 
 
+def test_runs_of_spaces_that_a_model_defines_itself_are_made_by_merging():
+    runs = [(SPACE * n, 0.0, 4) for n in (2, 3, 4)]
+    letters = [(SPACE, -1.0, 1), ("a", -2.0, 1), (SPACE + "a", -3.0, 1)]
+    pieces = [*tiny.SENTENCEPIECE_HEAD, *runs, *letters]
+    keys = {
+        "model": "llama",
+        "tokens": [text for text, _, _ in pieces],
+        "scores": [score for _, score, _ in pieces],
+        "token_type": [kind for _, _, kind in pieces],
+        "add_space_prefix": False,
+    }
+    read = vocabulary.from_gguf({f"tokenizer.ggml.{name}": value for name, value in keys.items()})
+    scores = {text: (i, score) for i, (text, score, _) in enumerate(pieces)}
+    for n in range(20):
+        text = " " * n + "a" + " " * n
+        assert encode(read.tokenizer, text) == merged_by_score(scores, text.replace(" ", SPACE))
+
+
 def test_ends_of_a_text_are_named_or_known():
     keys = vocabulary.to_gguf(llama3_like(), 522, 266, (267, 275), None)
     assert keys["tokenizer.ggml.eot_token_id"] == 275

@@ -6,7 +6,7 @@ Knows the JSON that the tokenizers library reads, and no format that it comes fr
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import groupby
 from typing import TypeVar
 
@@ -128,8 +128,9 @@ def merges_by_score(scores: Mapping[str, float], vocab: Mapping[str, int]) -> li
         found.append((*pair, cost))
     # The longest of equals first, so that what was begun at the left goes on growing there.
     found.sort(key=lambda merge: (merge[2], -len(merge[0]) - len(merge[1])))
+    urgent = {part for left, right, cost in found for part in (left, right) if costs.get(part, cost) > cost}
     for _, group in groupby(found, key=lambda merge: merge[2]):
-        _check_ties([(left, right) for left, right, _ in group])
+        _check_ties([(left, right) for left, right, _ in group], urgent)
     return [(left, right) for left, right, _ in found]
 
 
@@ -291,24 +292,30 @@ def _model(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Json:
     }
 
 
-def _check_ties(pairs: Sequence[tuple[str, str]]) -> None:
+def _check_ties(pairs: Sequence[tuple[str, str]], urgent: Container[str]) -> None:
     """Refuse merges of equal score if a list of them is not taken from left to right, as SentencePiece does.
 
-    A pair, and what its left side was made of, has to come before any pair that would take its right side away.
+    A pair, and what its left side was made of, has to come before any pair that would take its right side away. And
+    none may be urgent, part of a piece of higher score: that is made at once, of whatever stands beside it.
     """
+    if len(pairs) == 1:
+        return
     ranks = {left + right: rank for rank, (left, right) in enumerate(pairs)}
     latest: dict[str, int] = {}
     for left, right in sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])):
         made = left + right
         latest[made] = max(ranks[made], latest.get(left, -1), latest.get(right, -1))
+    # What takes a piece away, the first two: one of them may be the pair itself.
     takers: dict[str, list[str]] = {}
     for left, right in pairs:
         takers.setdefault(left, []).append(left + right)
+        del takers[left][2:]
     for left, right in pairs:
         made = left + right
-        for taker in takers.get(right, ()):
-            if taker != made and max(ranks[made], latest.get(left, -1)) > ranks[taker]:
+        last = math.inf if made in urgent else max(ranks[made], latest.get(left, -1))
+        for other in list(ranks)[:2] if made in urgent else takers.get(right, ()):
+            if other != made and last > ranks[other]:
                 raise ValueError(
-                    f"pieces {shorten(made)} and {shorten(taker)} have the same score, so which is merged first "
+                    f"pieces {shorten(made)} and {shorten(other)} have the same score, so which is merged first "
                     f"depends on the text; a tokenizer.json cannot say that"
                 )

@@ -157,10 +157,12 @@ def _read_llama(
     scores = _array(metadata, "scores", len(vocab), np.float32)
     if not np.isfinite(scores).all():
         raise ValueError("tokenizer.ggml.scores has values that are no finite numbers; the file is damaged")
+    # Runs of spaces, which some models define themselves, are made by merging too: texts have no such character.
     made = {
         text: float(scores[i])
         for text, i in vocab.items()
-        if types[i] in (_NORMAL, _UNUSED) and i not in added and text not in bpe.BYTE_PIECES
+        if (types[i] in (_NORMAL, _UNUSED) and i not in added and text not in bpe.BYTE_PIECES)
+        or (types[i] == _USER_DEFINED and set(text) == {bpe.SPACE})
     }
     merges = bpe.merges_by_score(made, vocab)
     prefix = _get(metadata, "add_space_prefix", bool, True)
