@@ -330,6 +330,11 @@ def test_a_model_without_vocabulary(tmp_path):
         ({"activation": "relu2"}, "F32", "no architecture of GGUF has relu2 without sub-norms"),
         ({"qk_norm": True, "sub_norm": True}, "F32", "it can only be kept as a .onebit file"),
         ({"rope_scaling": RopeScaling("yarn", 2.0, 64, truncate=False)}, "F32", "no yarn without truncate"),
+        (
+            {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=16.0)},
+            "F32",
+            "than beta_fast 32 and beta_slow 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, kind, words, tmp_path):

@@ -279,13 +279,13 @@ def _scaling_keys(config: ModelConfig) -> dict[str, Any]:
     }
     if scaling.rope_type == "linear":
         return values
-    if not scaling.truncate:
-        raise ValueError("GGUF has no yarn without truncate; keep the model as a .onebit file")
-    values |= {
-        "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
-        "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
-        "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
-    }
+    # The keys of the betas are there, but llama.cpp passes over them in these architectures.
+    if not scaling.truncate or (scaling.beta_fast, scaling.beta_slow) != (32, 1):
+        raise ValueError(
+            "llama.cpp has no yarn without truncate, or with other values than beta_fast 32 and beta_slow 1; keep the "
+            "model as a .onebit file"
+        )
+    values["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
     if scaling.attention_factor is not None:
         values["rope.scaling.attn_factor"] = config.rope_attention_factor / (
             0.1 * math.log(scaling.factor) + 1
