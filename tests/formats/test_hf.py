@@ -344,7 +344,7 @@ def test_the_first_bitnets(tmp_path):
         input_bits=8, quantization_config=...,
     )  # fmt: skip
     read = hf.read(tmp_path)
-    assert read.config == master.config and read.label == "W1.58A8KV16"
+    assert read.config == master.config and read.label == "W1.58A8KV16H16"
     rounded = replace(
         master, tensors={n: w.astype(np.float16).astype(np.float32) for n, w in master.tensors.items()}
     )

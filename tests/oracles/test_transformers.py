@@ -199,7 +199,7 @@ def test_bitnets(model_class, config_class, changes, linear_class, mode, dtype, 
     folder = save_bitnet(model, tmp_path / "theirs", linear_class, mode, dtype)
     tolerance = TERNARY if dtype == torch.float32 else TERNARY_BF16
     checkpoint = assert_same(folder, tolerance, dtype)
-    assert checkpoint.label == "W1.58A8KV16"
+    assert checkpoint.label == "W1.58A8KV16H16"
     kind = "dense" if mode == "online" else "packed"
     hf.write(checkpoint, tmp_path / "back", kind)
     assert_same(tmp_path / "back", tolerance, dtype)
