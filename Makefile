@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PROMPT ?= Once upon a time
 BENCH ?=
+MINUTES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,11 +27,13 @@ QEMU_AARCH64 := qemu-aarch64 -L /usr/aarch64-linux-gnu
 CROSS_AARCH64 := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 # Without what the emulator lacks, and would complain about in each thread.
 HASWELL := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
+# llama.cpp as a judge of GGUF files: the same on every machine, and without what it is not asked for.
+JUDGE := -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF
 HAVE_EMULATORS := command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && command -v qemu-x86_64 >/dev/null
 EMULATOR_PACKAGES := apt install g++-aarch64-linux-gnu qemu-user
 
 .DEFAULT_GOAL := help
-.PHONY: help run test emulate lint format sanitize bench clean
+.PHONY: help run test emulate lint format sanitize fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -74,6 +77,9 @@ sanitize: $(SANITIZE)/.built ## run the tests of the core under AddressSanitizer
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider tests/core tests/attacks tests/engine
 
+fuzz: $(VENV)/.fuzz ## throw damaged files at the readers for MINUTES (10)
+	@$(BIN)/python tests/fuzz/readers.py --minutes $(MINUTES)
+
 bench: $(PEERS)/.built ## measure speed beside the machine's limits and other engines (BENCH="--quick")
 	@$(PEERS)/bin/python benchmarks/speed.py $(BENCH)
 
@@ -98,9 +104,14 @@ $(VENV)/.run: $(NATIVE) | $(VENV)/.toolchain
 	@touch $@
 
 $(VENV)/.dev: $(NATIVE) | $(VENV)/.toolchain
-	@echo "onebit: installing the test environment (PyTorch is in it: minutes, once)" >&2
+	@echo "onebit: installing the test environment (PyTorch is in it, and llama.cpp is compiled: minutes, once)" >&2
+	@CMAKE_ARGS="$(JUDGE)" $(PIP) llama-cpp-python
 	@$(PIP) --editable ".[train,dev]"
 	@touch $(VENV)/.run $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	@$(PIP) atheris
+	@touch $@
 
 $(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchain
 	@echo "onebit: building with sanitizers" >&2
