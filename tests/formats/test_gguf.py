@@ -378,7 +378,7 @@ def test_positions_of_llama_3(factor, tmp_path):
     ("keys", "words"),
     [
         ({"expert_count": 8}, "'llama.expert_count' is 8; onebit does not know it"),
-        ({"attention.sliding_window": 4096}, "llama.attention.sliding_window"),
+        ({"attention.sliding_window": 128}, "llama.attention.sliding_window"),
         ({"attn_logit_softcapping": 50.0}, "llama.attn_logit_softcapping"),
         ({"rope.dimension_count": 32}, "rope.dimension_count is 32, and a head is 64 wide"),
         ({"attention.value_length": 32}, "value_length is 32, and a head is 64 wide"),
@@ -418,6 +418,7 @@ def test_keys_that_change_the_model_are_refused(keys, words, tmp_path):
             "rope.scaling.type": "none",
         },
         {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scaling.finetuned": True},
+        {"attention.sliding_window": 192},
     ],
 )
 def test_keys_that_change_nothing_are_passed_over(keys, tmp_path):

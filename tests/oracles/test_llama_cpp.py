@@ -36,7 +36,7 @@ SCALINGS = {
 }
 
 # Mean divergence in nats and largest difference of logits with deviation 1, by what llama.cpp multiplies with.
-BOUNDS = {"F32": (3e-5, 0.1), "F16": (3e-5, 0.1), "BF16": (1e-4, 0.15), "TQ2_0": (1e-3, 0.45), "TQ1_0": (1e-3, 0.45),
+BOUNDS = {"F32": (2e-5, 0.06), "F16": (2e-5, 0.06), "BF16": (1e-4, 0.15), "TQ2_0": (1e-3, 0.45), "TQ1_0": (1e-3, 0.45),
           "Q2_0": (1.2e-3, 0.45), "Q1_0": (1.7e-3, 0.5)}  # fmt: skip
 
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(1, tiny.CONFIG.vocab_size, 160)]

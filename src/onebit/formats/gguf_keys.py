@@ -198,6 +198,10 @@ class _Keys:
                 continue
             if isinstance(value, (bool, int, float)) and not value:
                 continue
+            # A window that sees all there is.
+            is_window = key == f"{self.prefix}attention.sliding_window" and isinstance(value, int)
+            if is_window and value >= self.count("context_length"):
+                continue
             raise ValueError(
                 f"key {shorten(key)} is {shorten(value)}; onebit does not know it, or cannot do what it asks for"
             )
