@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from onebit import quant
 
 F = np.float32
-ACTIVATIONS = {**quant.ACTIVATION_QUANTIZERS, "a15": quant.quantize_a15}
+ACTIVATIONS = quant.ACTIVATION_QUANTIZERS
 GRANULARITIES = ["tensor", "row", 4]
 
 floats = st.floats(-100, 100, width=32, allow_subnormal=False)

@@ -142,7 +142,7 @@ void dot_tokens(const std::uint8_t* tile, const std::int8_t* x, std::ptrdiff_t l
       }
       for (int kk = start; kk < end; kk += 4) {
         const std::uint8_t* unit = tile + static_cast<std::ptrdiff_t>(kk / 4) * kUnitBytes;
-        if constexpr (kM == 1) __builtin_prefetch(unit + kPrefetchBytes);
+        if constexpr (kM <= 2) __builtin_prefetch(unit + kPrefetchBytes);
         __m256i plane[Layout::kPlanes];
         Layout::split(load(unit + 32 * half), plane);
 #pragma GCC unroll 32
