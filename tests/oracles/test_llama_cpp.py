@@ -15,10 +15,12 @@ import pytest
 
 import onebit
 import tiny
-from onebit.checkpoint import Checkpoint, Stored
+from onebit import formats
+from onebit.checkpoint import Checkpoint, Stored, quantize
 from onebit.config import ModelConfig, RopeScaling
 from onebit.formats import gguf, gguf_keys, gguf_tensors, native
-from onebit.packing import from_bf16, to_bf16
+from onebit.formats.compare import compare
+from onebit.packing import PackedTensor, from_bf16, to_bf16
 
 PLAIN = {"sub_norm": False, "activation": "silu"}
 FAMILIES = {
@@ -181,3 +183,36 @@ def test_llama_cpp_refuses_what_it_would_compute_wrongly(tmp_path):
     assert gguf_keys.architecture_for(gguf.read(path).config) == "bitnet-b1.58"
     with pytest.raises(ValueError, match="Failed to load model"):
         Llama(path)
+
+
+# As their authors publish them: weights alone are rounded, in groups; embedding and head like the rest.
+WEIGHTS_ONLY = {
+    "Bonsai, binary": ("Q1_0", {"weights": "b1", "scale": 128, "qk_norm": True, "tied_head": False}),
+    "Bonsai, ternary": ("Q2_0", {"weights": "b1.58", "scale": 64, "qk_norm": True}),
+    "TriLM": ("TQ2_0", {"weights": "b1.58", "scale": "row"}),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_models_with_rounded_weights_alone(name, tmp_path):
+    kind, flags = WEIGHTS_ONLY[name]
+    config = tiny.config(d_model=256, d_ff=512, d_head=64, activations="a15", **PLAIN | flags)
+    master = Checkpoint(config, tiny.tensors(config, seed=3), tiny.tokenizer_json(config.vocab_size))
+    # Scales that float16 holds.
+    packed = tiny.coded(master) if name.startswith("Bonsai") else quantize(master, head="bf16")
+    halves = {
+        tensor: t._replace(scale=t.scale.astype(np.float16).astype(np.float32))
+        for tensor, t in packed.tensors.items()
+        if isinstance(t, PackedTensor) and t.encoding != "q8"
+    }
+    packed = replace(packed, tensors=packed.tensors | halves)
+    path = tmp_path / "x.gguf"
+    gguf.write(packed, path, kind)
+    read = gguf.read(path)
+    assert (read.config.activations, read.config.scale) == ("a15", config.scale)
+    report = formats.convert(path, tmp_path / "x.onebit")
+    assert not report.losses and report.made.label == packed.label
+    assert not any(change.n_changed for change in compare(packed, report.made))
+    expected, found = Llama(path).logits(TOKENS), onebit.load(tmp_path / "x.onebit", threads=1).logits(TOKENS)
+    # What llama.cpp loses by 8-bit activations, and we do not.
+    assert agree(expected, found, kind), distance(expected, found)
