@@ -1,5 +1,6 @@
 """Hugging Face folders. Kinds: invariant (round trips), exact (bytes, refusals), oracle (the safetensors package)."""
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -7,11 +8,12 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import tokenizers
 
 import tiny
 from onebit.checkpoint import Checkpoint, Stored, codes, quantize, rows
 from onebit.config import Activations
-from onebit.formats import hf, hf_write, names, native, run, ternary
+from onebit.formats import hf, hf_write, names, native, run, ternary, vocabulary
 from onebit.packing import from_bf16, to_bf16
 from onebit.quant import dequantize
 
@@ -131,6 +133,16 @@ def cast(folder, master, dtype):
     return folder
 
 
+def test_a_master_is_packed_as_it_is_quantized(tmp_path):
+    hf.write(bitnet(), tmp_path / "a", "packed")
+    hf.write(quantize(bitnet(), head="bf16"), tmp_path / "b", "packed")
+    hf.write(bitnet(), tmp_path / "master", "dense")
+    hf.write(hf.read(tmp_path / "master"), tmp_path / "c", "packed")
+    contents = (tmp_path / "a" / "model.safetensors").read_bytes()
+    for name in "bc":
+        assert (tmp_path / name / "model.safetensors").read_bytes() == contents
+
+
 def test_a_run_folder_is_no_hugging_face_model(folder, tmp_path):
     run.write(tiny.master(), tmp_path / "run")
     assert hf.is_model(folder) and not hf.is_model(tmp_path / "run") and not hf.is_model(tmp_path)
@@ -179,12 +191,14 @@ def test_writing_replaces_a_model_and_nothing_else(folder, tmp_path):
     run.write(tiny.master(), tmp_path / "run")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")
-    for other in ("run", "notes", "notes/todo.txt"):
+    hf.write(bitnet(), tmp_path / "clone", "dense")
+    (tmp_path / "clone" / ".git").mkdir()
+    for other in ("run", "notes", "notes/todo.txt", "clone"):
         with pytest.raises(ValueError, match="choose another folder|is a file"):
             hf.write(bitnet(), tmp_path / other, "dense")
     (tmp_path / "empty").mkdir()
     hf.write(bitnet(), tmp_path / "empty", "dense")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model", "notes", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clone", "empty", "model", "notes", "run"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -423,8 +437,6 @@ def test_tokens_that_other_files_add(folder):
         folder / "tokenizer_config.json", added_tokens_decoder={"318": {"content": "<|a|>", "special": True}}
     )
     (folder / "added_tokens.json").write_text('{"<|b|>": 319, "<|a|>": 318}')
-    import tokenizers
-
     made = tokenizers.Tokenizer.from_buffer(hf.read(folder).tokenizer)
     assert made.encode("<|b|><|a|>").ids == [319, 318] and made.get_vocab_size() == 320
     assert made.decode([319, 318], skip_special_tokens=True) == ""
@@ -433,14 +445,40 @@ def test_tokens_that_other_files_add(folder):
         hf.read(folder)
 
 
+@pytest.mark.parametrize("told", [None, True, False])
+def test_a_sentencepiece_model(told, folder, monkeypatch):
+    """Where there is no tokenizer.json, the settings say whether a text begins with bos_token; the default is yes."""
+    seen = []
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    monkeypatch.setattr(vocabulary, "from_sentencepiece", lambda data: seen.append(data) or tokenizer)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    tiny.edit_json(folder / "tokenizer_config.json", add_bos_token=told, bos_token="<|endoftext|>")
+    read = hf.read(folder)
+    assert seen == [b"pieces"] and read.tokenizer == tokenizer
+    assert read.config.bos_token == (None if told is False else 0)
+
+
+def test_a_rank_file_of_llama3(folder):
+    (folder / "tokenizer.json").unlink()
+    ranks = [base64.b64encode(bytes([i])).decode() + f" {i}" for i in range(256)]
+    (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+    tiny.edit_json(folder / "config.json", vocab_size=512, bos_token_id=256)
+    path = folder / "model.safetensors"
+    stored = tiny.read_safetensors(path)
+    stored["model.embed_tokens.weight"] = ("BF16", [512, 48], bytes(512 * 96))
+    tiny.write_safetensors(path, stored)
+    read = hf.read(folder)
+    made = tokenizers.Tokenizer.from_buffer(read.tokenizer)
+    assert made.encode("<|begin_of_text|>hi").ids == [256, 104, 105] and read.config.bos_token == 256
+
+
 def test_older_tokenizers(folder):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"] | {"<|endoftext|>": 0}))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    import tokenizers
-
     made = tokenizers.Tokenizer.from_buffer(hf.read(folder).tokenizer)
     expected = tokenizers.Tokenizer.from_buffer(tiny.tokenizer_json())
     for text in ("Once upon a time", "She had a red ball", "<|endoftext|>"):

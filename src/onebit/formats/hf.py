@@ -20,7 +20,7 @@ from onebit.config import Activations, ModelConfig
 from onebit.formats import hf_config, hf_tokenizer, names, ternary
 from onebit.formats.floats import FLOATS, decode, in_file
 from onebit.formats.hf_config import Description
-from onebit.formats.hf_files import Located, locate, read_json
+from onebit.formats.hf_files import CONFIG, Located, is_model, locate, read_json
 from onebit.formats.hf_write import KINDS, write
 from onebit.formats.tensors import Json, named, shorten
 from onebit.packing import Float32, Int8, UInt8
@@ -28,8 +28,6 @@ from onebit.quant import dequantize
 
 __all__ = ["KINDS", "is_model", "read", "write"]
 
-CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 1 << 20
 _SCALE = "_scale"
 # Values that models keep beside their weights and compute anew.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -38,16 +36,6 @@ _LARGEST_MULTIPLIER, _SMALLEST_DIVISOR = 4.0, 0.25
 _BLOCK_ROWS = 4096
 
 _Tensors = dict[str, Located]
-
-
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model of this format, told by its config.json."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        text = file.read(_MAX_CONFIG_BYTES)
-    return b'"model_type"' in text or b'"architectures"' in text
 
 
 def read(folder: Path) -> Checkpoint:
