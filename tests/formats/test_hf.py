@@ -70,7 +70,13 @@ def test_packed_and_back(divides, linear_class, dtype, tied_head, tmp_path):
     changes = {"tied_head": tied_head, "rope_theta": 77.0, "bos_token": 0}
     model = quantize(bitnet(**changes), head="bf16") if divides is None else packed(divides, **changes)
     hf.write(model, tmp_path / "model", "packed")
-    assert_equal(hf.read(tmp_path / "model"), model)
+    read = hf.read(tmp_path / "model")
+    assert_equal(read, model)
+    stored = sum(tensor.n_bytes for tensor in read.tensors.values())
+    header = (tmp_path / "model" / "model.safetensors").read_bytes()[:8]
+    assert stored == (tmp_path / "model" / "model.safetensors").stat().st_size - 8 - int.from_bytes(
+        header, "little"
+    )
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["quantization_config"]["linear_class"] == linear_class
     tensors = tiny.read_safetensors(tmp_path / "model" / "model.safetensors")
@@ -265,6 +271,13 @@ def test_other_schemes_are_written_as_values(changes, tmp_path):
         assert np.array_equal(np.frombuffer(tensors[names.to_hf(name)][2], np.float32), expected.reshape(-1))
 
 
+@pytest.mark.parametrize("changes", [{}, {"weights": "b1"}, {"scale": "row"}])
+def test_values_of_codes_are_those_codes_again(changes, tmp_path):
+    model = quantize(bitnet(**changes), head="bf16")
+    hf.write(model, tmp_path / "model", "dense")
+    assert_equal(hf.read(tmp_path / "model"), model)
+
+
 WIDE = replace(DENSE, d_model=512, n_heads=4, n_kv_heads=4, d_head=128, d_ff=768, n_layers=2)
 
 
@@ -295,6 +308,25 @@ def test_ternary_weights_in_floating_point(weights, scale, tmp_path):
             found, s = codes(name, read.tensors[name], read.config)
             assert np.array_equal(dequantize(found.astype(np.float32), s), tensor), name
         assert np.array_equal(rows(name, read.tensors[name]), tensor)
+
+
+def test_parts_of_several_machines(tmp_path):
+    """Trained on two machines, a matrix has two scales: by halves of the rows, or of the inputs."""
+    master = dense(WIDE, "b1.58")
+    tensors = dict(master.tensors)
+    for name, w in tensors.items():
+        if WIDE.is_linear(name):
+            w = w.copy()
+            half = w[:, w.shape[1] // 2 :] if ".o." in name or ".down." in name else w[w.shape[0] // 2 :]
+            half *= 2
+            tensors[name] = w
+    read = hf.read(cast(tmp_path, replace(master, tensors=tensors), "BF16"))
+    # 384 of the 768 inputs of down: the largest group that divides both.
+    assert (read.config.weights, read.config.scale) == ("b1.58", 128)
+    found, scale = codes("", read.tensors["layers.0.down.weight"], read.config)
+    assert np.array_equal(
+        dequantize(found.astype(np.float32), scale), tensors["layers.0.down.weight"]
+    ) and scale.shape == (512, 6)
 
 
 def test_zeros_take_the_largest_scale(tmp_path):

@@ -181,7 +181,7 @@ def _stored(
         multipliers = _multipliers(description, [tensors[name] for name in packed], scales, packed)
         for name in packed:
             n, k = shapes[name]
-            stored[name] = _packed(tensors[name], (n, k), multipliers[name])
+            stored[name] = _packed(tensors[name], (n, k), multipliers[name], scales[name].n_bytes)
         config = replace(config, weights="b1.58", activations="a8", scale="tensor")
         return config, stored, description.meaning or ""
     if scales:
@@ -272,8 +272,8 @@ def _check_meaning(description: Description, multipliers: Mapping[str, Float32])
     )
 
 
-def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32) -> Stored:
-    """A matrix of packed codes."""
+def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32, n_scale: int) -> Stored:
+    """A matrix of packed codes, whose scale takes some bytes too."""
     n, k = shape
     if n % 4 or tensor.shape != (n // 4, k):
         expected = "rows in fours" if n % 4 else f"packed {[n // 4, k]}"
@@ -301,7 +301,7 @@ def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32) -> Sto
             values: Float32 = dequantize(some(begin, end).astype(np.float32), multiplier)
             return values
 
-    return Stored(shape, tensor.dtype, tensor.n_bytes + 4, rows, codes)
+    return Stored(shape, tensor.dtype, tensor.n_bytes + n_scale, rows, codes)
 
 
 def _quarter(data: UInt8, quarter: int, name: str, first: int) -> Int8:
