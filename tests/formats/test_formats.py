@@ -62,8 +62,8 @@ def test_convert_refuses_before_it_writes(folder, tmp_path):
         (tmp_path / "x.bin", None, "nothing is written to a .bin file; expected .onebit, .gguf, or a folder"),
         (tmp_path / "x.onebit", "b128", "expected"),
         (tmp_path / "x.onebit", "TQ2_0", "expected t80 or r64"),
-        (tmp_path / "notes", None, "something else than a Hugging Face model"),
-        (folder, None, "something else than a Hugging Face model"),
+        (tmp_path / "notes", None, "would be lost; choose another folder"),
+        (folder, None, "would be lost|holds something else|is a run folder"),
     ):
         with pytest.raises(ValueError, match=message):
             formats.convert(folder, dst, encoding)

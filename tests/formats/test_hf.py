@@ -1,5 +1,6 @@
 """Hugging Face folders. Kinds: invariant (round trips), exact (bytes, refusals), oracle (the safetensors package)."""
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -7,11 +8,12 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import tokenizers
 
 import tiny
 from onebit.checkpoint import Checkpoint, Stored, codes, quantize, rows
 from onebit.config import Activations
-from onebit.formats import hf, hf_write, names, native, run, ternary
+from onebit.formats import hf, hf_write, names, native, run, ternary, vocabulary
 from onebit.packing import from_bf16, to_bf16
 from onebit.quant import dequantize
 
@@ -68,7 +70,13 @@ def test_packed_and_back(divides, linear_class, dtype, tied_head, tmp_path):
     changes = {"tied_head": tied_head, "rope_theta": 77.0, "bos_token": 0}
     model = quantize(bitnet(**changes), head="bf16") if divides is None else packed(divides, **changes)
     hf.write(model, tmp_path / "model", "packed")
-    assert_equal(hf.read(tmp_path / "model"), model)
+    read = hf.read(tmp_path / "model")
+    assert_equal(read, model)
+    stored = sum(tensor.n_bytes for tensor in read.tensors.values())
+    header = (tmp_path / "model" / "model.safetensors").read_bytes()[:8]
+    assert stored == (tmp_path / "model" / "model.safetensors").stat().st_size - 8 - int.from_bytes(
+        header, "little"
+    )
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["quantization_config"]["linear_class"] == linear_class
     tensors = tiny.read_safetensors(tmp_path / "model" / "model.safetensors")
@@ -131,6 +139,16 @@ def cast(folder, master, dtype):
     return folder
 
 
+def test_a_master_is_packed_as_it_is_quantized(tmp_path):
+    hf.write(bitnet(), tmp_path / "a", "packed")
+    hf.write(quantize(bitnet(), head="bf16"), tmp_path / "b", "packed")
+    hf.write(bitnet(), tmp_path / "master", "dense")
+    hf.write(hf.read(tmp_path / "master"), tmp_path / "c", "packed")
+    contents = (tmp_path / "a" / "model.safetensors").read_bytes()
+    for name in "bc":
+        assert (tmp_path / name / "model.safetensors").read_bytes() == contents
+
+
 def test_a_run_folder_is_no_hugging_face_model(folder, tmp_path):
     run.write(tiny.master(), tmp_path / "run")
     assert hf.is_model(folder) and not hf.is_model(tmp_path / "run") and not hf.is_model(tmp_path)
@@ -179,12 +197,14 @@ def test_writing_replaces_a_model_and_nothing_else(folder, tmp_path):
     run.write(tiny.master(), tmp_path / "run")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")
-    for other in ("run", "notes", "notes/todo.txt"):
+    hf.write(bitnet(), tmp_path / "clone", "dense")
+    (tmp_path / "clone" / ".git").mkdir()
+    for other in ("run", "notes", "notes/todo.txt", "clone"):
         with pytest.raises(ValueError, match="choose another folder|is a file"):
             hf.write(bitnet(), tmp_path / other, "dense")
     (tmp_path / "empty").mkdir()
     hf.write(bitnet(), tmp_path / "empty", "dense")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model", "notes", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clone", "empty", "model", "notes", "run"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -251,6 +271,13 @@ def test_other_schemes_are_written_as_values(changes, tmp_path):
         assert np.array_equal(np.frombuffer(tensors[names.to_hf(name)][2], np.float32), expected.reshape(-1))
 
 
+@pytest.mark.parametrize("changes", [{}, {"weights": "b1"}, {"scale": "row"}])
+def test_values_of_codes_are_those_codes_again(changes, tmp_path):
+    model = quantize(bitnet(**changes), head="bf16")
+    hf.write(model, tmp_path / "model", "dense")
+    assert_equal(hf.read(tmp_path / "model"), model)
+
+
 WIDE = replace(DENSE, d_model=512, n_heads=4, n_kv_heads=4, d_head=128, d_ff=768, n_layers=2)
 
 
@@ -281,6 +308,25 @@ def test_ternary_weights_in_floating_point(weights, scale, tmp_path):
             found, s = codes(name, read.tensors[name], read.config)
             assert np.array_equal(dequantize(found.astype(np.float32), s), tensor), name
         assert np.array_equal(rows(name, read.tensors[name]), tensor)
+
+
+def test_parts_of_several_machines(tmp_path):
+    """Trained on two machines, a matrix has two scales: by halves of the rows, or of the inputs."""
+    master = dense(WIDE, "b1.58")
+    tensors = dict(master.tensors)
+    for name, w in tensors.items():
+        if WIDE.is_linear(name):
+            w = w.copy()
+            half = w[:, w.shape[1] // 2 :] if ".o." in name or ".down." in name else w[w.shape[0] // 2 :]
+            half *= 2
+            tensors[name] = w
+    read = hf.read(cast(tmp_path, replace(master, tensors=tensors), "BF16"))
+    # 384 of the 768 inputs of down: the largest group that divides both.
+    assert (read.config.weights, read.config.scale) == ("b1.58", 128)
+    found, scale = codes("", read.tensors["layers.0.down.weight"], read.config)
+    assert np.array_equal(
+        dequantize(found.astype(np.float32), scale), tensors["layers.0.down.weight"]
+    ) and scale.shape == (512, 6)
 
 
 def test_zeros_take_the_largest_scale(tmp_path):
@@ -423,8 +469,6 @@ def test_tokens_that_other_files_add(folder):
         folder / "tokenizer_config.json", added_tokens_decoder={"318": {"content": "<|a|>", "special": True}}
     )
     (folder / "added_tokens.json").write_text('{"<|b|>": 319, "<|a|>": 318}')
-    import tokenizers
-
     made = tokenizers.Tokenizer.from_buffer(hf.read(folder).tokenizer)
     assert made.encode("<|b|><|a|>").ids == [319, 318] and made.get_vocab_size() == 320
     assert made.decode([319, 318], skip_special_tokens=True) == ""
@@ -433,14 +477,40 @@ def test_tokens_that_other_files_add(folder):
         hf.read(folder)
 
 
+@pytest.mark.parametrize("told", [None, True, False])
+def test_a_sentencepiece_model(told, folder, monkeypatch):
+    """Where there is no tokenizer.json, the settings say whether a text begins with bos_token; the default is yes."""
+    seen = []
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    monkeypatch.setattr(vocabulary, "from_sentencepiece", lambda data: seen.append(data) or tokenizer)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    tiny.edit_json(folder / "tokenizer_config.json", add_bos_token=told, bos_token="<|endoftext|>")
+    read = hf.read(folder)
+    assert seen == [b"pieces"] and read.tokenizer == tokenizer
+    assert read.config.bos_token == (None if told is False else 0)
+
+
+def test_a_rank_file_of_llama3(folder):
+    (folder / "tokenizer.json").unlink()
+    ranks = [base64.b64encode(bytes([i])).decode() + f" {i}" for i in range(256)]
+    (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+    tiny.edit_json(folder / "config.json", vocab_size=512, bos_token_id=256)
+    path = folder / "model.safetensors"
+    stored = tiny.read_safetensors(path)
+    stored["model.embed_tokens.weight"] = ("BF16", [512, 48], bytes(512 * 96))
+    tiny.write_safetensors(path, stored)
+    read = hf.read(folder)
+    made = tokenizers.Tokenizer.from_buffer(read.tokenizer)
+    assert made.encode("<|begin_of_text|>hi").ids == [256, 104, 105] and read.config.bos_token == 256
+
+
 def test_older_tokenizers(folder):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"] | {"<|endoftext|>": 0}))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    import tokenizers
-
     made = tokenizers.Tokenizer.from_buffer(hf.read(folder).tokenizer)
     expected = tokenizers.Tokenizer.from_buffer(tiny.tokenizer_json())
     for text in ("Once upon a time", "She had a red ball", "<|endoftext|>"):

@@ -6,6 +6,7 @@ import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from onebit.formats import hub
 
@@ -55,9 +56,13 @@ def test_what_is_asked_for(monkeypatch, tmp_path):
     assert hub.download("owner/name:x.gguf", progress=False) == tmp_path
     (args, named), file = calls
     assert args == ("owner/name",) and named["revision"] == "dev"
-    patterns = named["allow_patterns"]
-    assert {"*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"} <= set(patterns)
-    assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pt", ".pth", ".py"))]
+    listed = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja",
+        "tokenizer.model", "tokenizer.json", "merges.txt", "vocab.json", "README.md", "pytorch_model.bin", "model.py",
+        "original/consolidated.00.pth", "original/params.json", "onnx/model.safetensors", "consolidated.safetensors",
+    ]  # fmt: skip
+    patterns = {name: named[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(listed, **patterns)) == listed[:8]
     assert file == (("owner/name", "x.gguf"), {"revision": None})
     for text in ("nonsense", "owner/..", "owner/name@../x", "owner/name:../x.gguf"):
         with pytest.raises(ValueError, match="expected owner/name"):

@@ -135,7 +135,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
         (LlamaForCausalLM, LlamaConfig, {"head_dim": 24, "rope_parameters": LLAMA3}),
         (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN, "num_key_value_heads": 4}),
         (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LINEAR, "hidden_act": "relu2"}),
-        (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+        (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True, "head_dim": 16}),
         (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
         (MistralForCausalLM, MistralConfig, {"sliding_window": None, "num_key_value_heads": 1}),
     ],

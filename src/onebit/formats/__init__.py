@@ -25,6 +25,9 @@ from onebit.packing import Float32, Int8, from_bf16, to_bf16
 SUFFIX = ".onebit"
 GGUF_SUFFIX = ".gguf"
 
+# Names of folders may have a dot too, as in bitnet-b1.58: these are certainly none.
+_FILE_SUFFIXES = {".bin", ".ckpt", ".json", ".onnx", ".pt", ".pth", ".safetensors", ".txt", ".zip"}
+
 _FIRST_ROWS = 64
 
 # Of what is being done, and how much of it is done, from 0 to 1.
@@ -145,11 +148,11 @@ def encodings(path: Path) -> tuple[str, ...]:
         return native.ENCODINGS
     if path.suffix == GGUF_SUFFIX:
         return gguf.KINDS
-    if path.suffix in ("", path.name):
-        return hf.KINDS
-    raise ValueError(
-        f"{path}: nothing is written to a {path.suffix} file; expected {SUFFIX}, {GGUF_SUFFIX}, or a folder's name"
-    )
+    if path.suffix in _FILE_SUFFIXES:
+        raise ValueError(
+            f"{path}: nothing is written to a {path.suffix} file; expected {SUFFIX}, {GGUF_SUFFIX}, or a folder's name"
+        )
+    return hf.KINDS
 
 
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
@@ -189,7 +192,7 @@ def convert(
     encodings(dst)
     if not dst.absolute().parent.is_dir():
         raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; make it first")
-    if dst.suffix in ("", dst.name):
+    if dst.suffix not in (SUFFIX, GGUF_SUFFIX):
         hf.check_replaceable(dst)
     source = read(src)
     if dst.suffix == SUFFIX and not allow_lossy:

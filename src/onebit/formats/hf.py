@@ -20,7 +20,7 @@ from onebit.config import Activations, ModelConfig
 from onebit.formats import hf_config, hf_tokenizer, names, ternary
 from onebit.formats.floats import FLOATS, decode, in_file
 from onebit.formats.hf_config import Description
-from onebit.formats.hf_files import Located, locate, read_json
+from onebit.formats.hf_files import CONFIG, Located, is_model, locate, read_json
 from onebit.formats.hf_write import KINDS, check_replaceable, move_folder, refusals, usual_kind, write
 from onebit.formats.tensors import Json, named, shorten
 from onebit.packing import Float32, Int8, UInt8
@@ -28,8 +28,6 @@ from onebit.quant import dequantize
 
 __all__ = ["KINDS", "check_replaceable", "is_model", "move_folder", "read", "refusals", "usual_kind", "write"]
 
-CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 1 << 20
 _SCALE = "_scale"
 # Values that models keep beside their weights and compute anew.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -38,16 +36,6 @@ _LARGEST_MULTIPLIER, _SMALLEST_DIVISOR = 4.0, 0.25
 _BLOCK_ROWS = 4096
 
 _Tensors = dict[str, Located]
-
-
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model of this format, told by its config.json."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        text = file.read(_MAX_CONFIG_BYTES)
-    return b'"model_type"' in text or b'"architectures"' in text
 
 
 def read(folder: Path) -> Checkpoint:
@@ -193,7 +181,7 @@ def _stored(
         multipliers = _multipliers(description, [tensors[name] for name in packed], scales, packed)
         for name in packed:
             n, k = shapes[name]
-            stored[name] = _packed(tensors[name], (n, k), multipliers[name])
+            stored[name] = _packed(tensors[name], (n, k), multipliers[name], scales[name].n_bytes)
         config = replace(config, weights="b1.58", activations="a8", scale="tensor")
         return config, stored, description.meaning or ""
     if scales:
@@ -284,8 +272,8 @@ def _check_meaning(description: Description, multipliers: Mapping[str, Float32])
     )
 
 
-def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32) -> Stored:
-    """A matrix of packed codes."""
+def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32, n_scale: int) -> Stored:
+    """A matrix of packed codes, whose scale takes some bytes too."""
     n, k = shape
     if n % 4 or tensor.shape != (n // 4, k):
         expected = "rows in fours" if n % 4 else f"packed {[n // 4, k]}"
@@ -313,7 +301,7 @@ def _packed(tensor: Located, shape: tuple[int, int], multiplier: Float32) -> Sto
             values: Float32 = dequantize(some(begin, end).astype(np.float32), multiplier)
             return values
 
-    return Stored(shape, tensor.dtype, tensor.n_bytes + 4, rows, codes)
+    return Stored(shape, tensor.dtype, tensor.n_bytes + n_scale, rows, codes)
 
 
 def _quarter(data: UInt8, quarter: int, name: str, first: int) -> Int8:

@@ -14,6 +14,7 @@ from onebit.formats.files import read_bytes
 from onebit.formats.tensors import Json, named, parse_json, shorten
 from onebit.packing import UInt8
 
+CONFIG = "config.json"
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -21,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 128 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_SHARDS = 4096
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 class Located(NamedTuple):
@@ -45,6 +47,16 @@ class Located(NamedTuple):
     def read(self, first: int = 0, n_bytes: int | None = None) -> UInt8:
         """Some of its bytes, uint8, from the first on."""
         return read_bytes(self.path, self.begin + first, self.n_bytes if n_bytes is None else n_bytes)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model of this format, told by its config.json."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        text = file.read(_MAX_CONFIG_BYTES)
+    return b'"model_type"' in text or b'"architectures"' in text
 
 
 def locate(folder: Path) -> dict[str, Located]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,15 +20,19 @@ from onebit.formats import hf_config, hf_tokenizer, names
 from onebit.formats import tensors as container
 from onebit.formats.files import Buffer, write_file
 from onebit.formats.floats import encode, width_of
-from onebit.formats.hf_files import INDEX, MODEL
-from onebit.formats.tensors import Json
+from onebit.formats.hf_files import CONFIG, INDEX, MODEL, is_model
+from onebit.formats.tensors import Json, shorten
 from onebit.packing import Float32, Int8, PackedTensor, UInt8, from_bf16, to_bf16
 from onebit.quant import dequantize
 
 KINDS = ("packed", "dense")
 SHARD_BYTES = 5_000_000_000
 
-_CONFIG = "config.json"
+# What a model consists of, and may be replaced with it.
+_MODEL_FILES = re.compile(
+    r"((generation|tokenizer)_)?config\.json|tokenizer\.(json|model)|(special_tokens_map|added_tokens|vocab)\.json"
+    r"|merges\.txt|chat_template\.(jinja|json)|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -67,13 +72,13 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
         kind: "packed" or "dense".
 
     Raises:
-        ValueError: a model that transformers has no class for or cannot pack, a folder with other things in it, or a
-            damaged source.
+        ValueError: a model that transformers has no class for or cannot pack, a folder with anything but a model in
+            it, or a damaged source.
         OSError: the disk is full, ...
 
     Source: transformers, integrations/bitnet.py.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; expected {' or '.join(KINDS)}")
     check_replaceable(folder)
@@ -88,7 +93,7 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
     entries = list(_entries(checkpoint, kind, form))
     widths = {entry.dtype for entry in entries} - {"U8"}
     dtype = _DTYPES[widths.pop() if len(widths) == 1 else "F32"]
-    files[_CONFIG] = _dump(hf_config.build(config, dtype, quantization))
+    files[CONFIG] = _dump(hf_config.build(config, dtype, quantization))
     folder.parent.mkdir(parents=True, exist_ok=True)
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     hidden.mkdir()
@@ -142,13 +147,12 @@ def check_replaceable(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; expected the name of a folder to make")
-    if folder.is_dir() and any(folder.iterdir()):
-        path = folder / _CONFIG
-        # A run folder has a config.json too, and its master is not to be lost.
-        if not path.is_file() or b'"model_type"' not in path.read_bytes():
-            raise ValueError(
-                f"{folder}: holds something else than a Hugging Face model; choose another folder"
-            )
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # Neither the master of a run folder is to be lost, nor what stands beside a model, as the .git of its clone.
+    others = [name for name in names if not _MODEL_FILES.fullmatch(name)]
+    if others or (names and not is_model(folder)):
+        found = shorten(others[0]) if others else "something else than a Hugging Face model"
+        raise ValueError(f"{folder}: holds {found}, which would be lost; choose another folder")
 
 
 def _quantization(checkpoint: Checkpoint, kind: str) -> Json | None:

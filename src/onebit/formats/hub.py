@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from onebit.formats.tensors import shorten
 
-# What makes up a model; no weights that are pickles.
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+# What makes up a model; no weights that are pickles, and none a second time, as some keep in folders or in one file.
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+_UNWANTED = ("*/*", "consolidated*")
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(
     rf"(?P<repo>{_WORD}/{_WORD})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,99}}))?"
@@ -63,7 +64,10 @@ def download(text: str, progress: bool = True) -> Path:
         if asked.file:
             return Path(huggingface_hub.hf_hub_download(asked.repo, asked.file, revision=asked.revision))
         folder = huggingface_hub.snapshot_download(
-            asked.repo, revision=asked.revision, allow_patterns=list(_PATTERNS)
+            asked.repo,
+            revision=asked.revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
         )
         return Path(folder)
     except errors.GatedRepoError:
