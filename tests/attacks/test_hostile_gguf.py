@@ -11,8 +11,9 @@ import pytest
 
 import tiny
 from onebit.checkpoint import Checkpoint, Stored, codes, rows
-from onebit.formats import gguf, gguf_file, vocabulary
-from onebit.formats.blocks import BLOCKS
+from onebit.formats import gguf, vocabulary
+from onebit.formats.gguf import container
+from onebit.formats.gguf.blocks import BLOCKS
 
 MEMORY = 100_000_000
 PLAIN = {"sub_norm": False, "activation": "silu", "n_layers": 1, "eos_tokens": ()}
@@ -64,7 +65,7 @@ def check(path: Path, error: ValueError) -> str:
 
 def start_of_data(contents: bytes, path: Path) -> int:
     path.write_bytes(contents)
-    return min(place.begin for place in gguf_file.read(path).tensors.values())
+    return min(place.begin for place in container.read(path).tensors.values())
 
 
 def test_a_cut_file_is_refused(files, tmp_path):
@@ -107,7 +108,7 @@ def info(name: str, sizes: Iterable[int], number: int, offset: int) -> bytes:
     )  # fmt: skip
 
 
-def container(pairs: list[bytes], infos: list[bytes], data: bytes = b"", **counts: int) -> bytes:
+def built(pairs: list[bytes], infos: list[bytes], data: bytes = b"", **counts: int) -> bytes:
     head = b"GGUF" + struct.pack("<IQQ", counts.get("version", 3), counts.get("tensors", len(infos)),
                                  counts.get("keys", len(pairs)))  # fmt: skip
     head += b"".join([*pairs, *infos])
@@ -121,49 +122,49 @@ CONTAINERS: list[tuple[bytes, str]] = [
     (b"GGUF" + bytes(4), "8 bytes"),
     (b"GGML" + bytes(60), "starts with b'GGML'"),
     (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    (container([], [], version=1), "version 1; onebit reads 2 and 3"),
-    (container([], [], version=4), "version 4"),
-    (container([], [], keys=HUGE), "claims 9223372036854775807 keys"),
-    (container([], [], tensors=HUGE), "claims 9223372036854775807 tensors"),
-    (container([key("a", STRING, struct.pack("<Q", HUGE))], []), "key 'a' claims"),
-    (container([key("a", STRING, struct.pack("<Q", 500) + b"x")], []), "key 'a' takes 500 bytes"),
-    (container([key("a", STRING, struct.pack("<Q", 2) + b"\xff\xfe")], []), "key 'a' is not UTF-8"),
-    (container([struct.pack("<Q", 2**40) + bytes(32)], []), "a key claims"),
-    (container([key("a", 13, b"")], []), "key 'a' has a value of type 13"),
-    (container([key("a", 7, b"\x02")], []), "neither true nor false"),
-    (container([key("a", ARRAY, struct.pack("<IQ", STRING, HUGE))], []), "texts in key 'a'"),
-    (container([key("a", ARRAY, struct.pack("<IQ", 6, 2**61))], []), "key 'a' takes"),
-    (container([key("a", ARRAY, struct.pack("<IQ", ARRAY, 1) * 50_000)], []), "an array of arrays"),
-    (container([key("a", 4, bytes(4)), key("a", 4, bytes(4))], []), "key 'a' appears twice"),
-    (container([key("general.alignment", 4, struct.pack("<I", 0))], []), "alignment is 0"),
-    (container([key("general.alignment", 4, struct.pack("<I", 2**31))], []), "alignment is 2147483648"),
-    (container([key("general.alignment", STRING, struct.pack("<Q", 0))], []), "alignment is ''"),
-    (container([key("split.count", 2, struct.pack("<H", 3))], []), "one of 3 files of a split model"),
-    (container([], [info("t", [4], 0, 0)] * 2, bytes(64)), "tensor 't' appears twice"),
-    (container([], [info("t" * 65, [4], 0, 0)], bytes(64)), "name of a tensor claims 65 bytes"),
-    (container([], [info("t", [], 0, 0)], bytes(64)), "tensor 't' has 0 dimensions"),
-    (container([], [info("t", [1] * 5, 0, 0)], bytes(64)), "tensor 't' has 5 dimensions"),
-    (container([], [info("t", [0], 0, 0)], bytes(64)), "tensor 't' has the sizes"),
-    (container([], [info("t", [2**62, 2**62], 0, 0)], bytes(64)), "tensor 't' has the sizes"),
-    (container([], [info("t", [2**40], 0, 0)], bytes(64)), "tensor 't' ends .* bytes after the file"),
-    (container([], [info("t", [4], 0, 2**60)], bytes(64)), "tensor 't' leaves a hole before it"),
-    (container([], [info("t", [4], 0, 0), info("u", [4], 0, 0)], bytes(64)), "tensor 'u' overlaps"),
-    (container([], [info("t", [4], 0, 0), info("u", [4], 0, 16)], bytes(64)), "tensor 'u' overlaps"),
-    (container([], [info("t", [4], 0, 0), info("u", [4], 0, 64)], bytes(128)), "tensor 'u' leaves a hole"),
-    (container([], [info("t", [4], 0, 0)], bytes(96)), "64 bytes follow the last tensor"),
+    (built([], [], version=1), "version 1; onebit reads 2 and 3"),
+    (built([], [], version=4), "version 4"),
+    (built([], [], keys=HUGE), "claims 9223372036854775807 keys"),
+    (built([], [], tensors=HUGE), "claims 9223372036854775807 tensors"),
+    (built([key("a", STRING, struct.pack("<Q", HUGE))], []), "key 'a' claims"),
+    (built([key("a", STRING, struct.pack("<Q", 500) + b"x")], []), "key 'a' takes 500 bytes"),
+    (built([key("a", STRING, struct.pack("<Q", 2) + b"\xff\xfe")], []), "key 'a' is not UTF-8"),
+    (built([struct.pack("<Q", 2**40) + bytes(32)], []), "a key claims"),
+    (built([key("a", 13, b"")], []), "key 'a' has a value of type 13"),
+    (built([key("a", 7, b"\x02")], []), "neither true nor false"),
+    (built([key("a", ARRAY, struct.pack("<IQ", STRING, HUGE))], []), "texts in key 'a'"),
+    (built([key("a", ARRAY, struct.pack("<IQ", 6, 2**61))], []), "key 'a' takes"),
+    (built([key("a", ARRAY, struct.pack("<IQ", ARRAY, 1) * 50_000)], []), "an array of arrays"),
+    (built([key("a", 4, bytes(4)), key("a", 4, bytes(4))], []), "key 'a' appears twice"),
+    (built([key("general.alignment", 4, struct.pack("<I", 0))], []), "alignment is 0"),
+    (built([key("general.alignment", 4, struct.pack("<I", 2**31))], []), "alignment is 2147483648"),
+    (built([key("general.alignment", STRING, struct.pack("<Q", 0))], []), "alignment is ''"),
+    (built([key("split.count", 2, struct.pack("<H", 3))], []), "one of 3 files of a split model"),
+    (built([], [info("t", [4], 0, 0)] * 2, bytes(64)), "tensor 't' appears twice"),
+    (built([], [info("t" * 65, [4], 0, 0)], bytes(64)), "name of a tensor claims 65 bytes"),
+    (built([], [info("t", [], 0, 0)], bytes(64)), "tensor 't' has 0 dimensions"),
+    (built([], [info("t", [1] * 5, 0, 0)], bytes(64)), "tensor 't' has 5 dimensions"),
+    (built([], [info("t", [0], 0, 0)], bytes(64)), "tensor 't' has the sizes"),
+    (built([], [info("t", [2**62, 2**62], 0, 0)], bytes(64)), "tensor 't' has the sizes"),
+    (built([], [info("t", [2**40], 0, 0)], bytes(64)), "tensor 't' ends .* bytes after the file"),
+    (built([], [info("t", [4], 0, 2**60)], bytes(64)), "tensor 't' leaves a hole before it"),
+    (built([], [info("t", [4], 0, 0), info("u", [4], 0, 0)], bytes(64)), "tensor 'u' overlaps"),
+    (built([], [info("t", [4], 0, 0), info("u", [4], 0, 16)], bytes(64)), "tensor 'u' overlaps"),
+    (built([], [info("t", [4], 0, 0), info("u", [4], 0, 64)], bytes(128)), "tensor 'u' leaves a hole"),
+    (built([], [info("t", [4], 0, 0)], bytes(96)), "64 bytes follow the last tensor"),
     (
-        container([], [info("t", [40], 2, 0)], bytes(64)),
+        built([], [info("t", [40], 2, 0)], bytes(64)),
         "tensor 't' has 40 inputs; Q4_0 needs a multiple of 32",
     ),
-    (container([], [info("t", [4], 999, 0)], bytes(64)), r"tensor 't' has type 999 \(unknown\)"),
-    (container([], [info("t", [128, 4], 38, 0)], bytes(160)), r"tensor 't' has type 38 \(TL1"),
-    (container([], [info("t", [256, 4], 39, 0)], bytes(160)), r"type 39 \(MXFP4, or in files of BitNet TL2"),
-    (container([], [info("t", [256, 4], 16, 0)], bytes(264)), r"type 16 \(IQ2_XXS\)"),
+    (built([], [info("t", [4], 999, 0)], bytes(64)), r"tensor 't' has type 999 \(unknown\)"),
+    (built([], [info("t", [128, 4], 38, 0)], bytes(160)), r"tensor 't' has type 38 \(TL1"),
+    (built([], [info("t", [256, 4], 39, 0)], bytes(160)), r"type 39 \(MXFP4, or in files of BitNet TL2"),
+    (built([], [info("t", [256, 4], 16, 0)], bytes(264)), r"type 16 \(IQ2_XXS\)"),
     (
-        container([], [info("t", [128, 4], 36, 0)], bytes(288)),
+        built([], [info("t", [128, 4], 36, 0)], bytes(288)),
         "tensor 't' takes 288 bytes; I2_S of .* takes 160",
     ),
-    (container([], []), "general.architecture is None"),
+    (built([], []), "general.architecture is None"),
 ]
 
 
@@ -184,7 +185,7 @@ def test_a_hostile_container_is_refused(contents, words, tmp_path):
 def test_strings_that_claim_to_be_many_are_read_once(tmp_path):
     path = tmp_path / "x.gguf"
     n = 300_000
-    path.write_bytes(container([key("a", ARRAY, struct.pack("<IQ", STRING, n) + bytes(8 * n))], []))
+    path.write_bytes(built([key("a", ARRAY, struct.pack("<IQ", STRING, n) + bytes(8 * n))], []))
     tracemalloc.start()
     assert "general.architecture" in refusal(path)
     assert tracemalloc.get_traced_memory()[1] < MEMORY
@@ -194,7 +195,7 @@ def test_strings_that_claim_to_be_many_are_read_once(tmp_path):
 def edited(contents: bytes, path: Path, name: str, edit: Callable[[np.ndarray, Any], None]) -> None:
     """Write a file with the bytes of a tensor changed; a type of codes as blocks."""
     path.write_bytes(contents)
-    place = gguf_file.read(path).tensors[name]
+    place = container.read(path).tensors[name]
     data = np.frombuffer(contents, np.uint8).copy()
     part = data[place.begin : place.begin + place.n_bytes - place.block.tail]
     edit(part.reshape(-1, place.block.n_bytes), data[place.begin + place.n_bytes - place.block.tail :][:4])
@@ -258,12 +259,12 @@ def test_numbers_that_are_none_are_refused(files, tmp_path):
 def rewritten(contents: bytes, path: Path, **keys: Any) -> None:
     """Write a file with other keys."""
     path.write_bytes(contents)
-    header = gguf_file.read(path)
+    header = container.read(path)
     specs = {name: (place.shape, place.block) for name, place in header.tensors.items()}
     chunks = [
         (name, contents[place.begin : place.begin + place.n_bytes]) for name, place in header.tensors.items()
     ]
-    gguf_file.write(path, header.metadata | keys, specs, iter(chunks))
+    container.write(path, header.metadata | keys, specs, iter(chunks))
 
 
 def test_a_vocabulary_of_another_size_is_refused(files, tmp_path):
@@ -276,7 +277,7 @@ def test_a_vocabulary_of_another_size_is_refused(files, tmp_path):
 def test_keys_of_another_kind_are_refused(value, files, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(files["F32"])
-    metadata = gguf_file.read(path).metadata
+    metadata = container.read(path).metadata
     ours = [key for key in metadata if key.startswith(("llama.", "general.arch", "onebit."))]
     for key in [*ours, "llama.hidden_activation", "llama.rope.scaling.type", "llama.rope.scaling.factor",
                 "tokenizer.ggml.model", "tokenizer.ggml.tokens", "general.name", "split.count"]:  # fmt: skip
@@ -291,7 +292,7 @@ def test_keys_of_another_kind_are_refused(value, files, tmp_path):
 def test_q2_0_of_either_kind_is_told_by_its_size(files, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(files["Q2_0_128"])
-    assert gguf_file.read(path).tensors[Q].block == BLOCKS["Q2_0_128"]
+    assert container.read(path).tensors[Q].block == BLOCKS["Q2_0_128"]
     gguf.write(gguf.read(path), path, "Q2_0")
-    assert gguf_file.read(path).tensors[Q].block == BLOCKS["Q2_0"]
+    assert container.read(path).tensors[Q].block == BLOCKS["Q2_0"]
     assert gguf.read(path).tensors["layers.0.v.weight"].codes

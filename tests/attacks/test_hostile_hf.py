@@ -15,7 +15,8 @@ import pytest
 
 import tiny
 from onebit.checkpoint import quantize
-from onebit.formats import hf, hf_write
+from onebit.formats import hf
+from onebit.formats.hf import export
 
 Edit = Callable[[Path], Any]
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -41,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(hf_write, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
     path = tmp_path / "model"
     hf.write(tiny.bf16_exact(tiny.master(tiny.BITNET)), path, "dense")
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onebit.formats.blocks import BLOCKS, SCHEMES, candidates, decode, join, split
+from onebit.formats.gguf.blocks import BLOCKS, SCHEMES, candidates, decode, join, split
 
 # Those with a Python reference; Q1_0 and Q2_0 are judged by ggml's C code, I2_S and Q2_0_128 by hand.
 IN_PYTHON = [name for name in BLOCKS if name not in ("F32", "F16", "I2_S", "Q1_0", "Q2_0", "Q2_0_128")]

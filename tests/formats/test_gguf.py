@@ -10,8 +10,9 @@ import pytest
 import tiny
 from onebit.checkpoint import Checkpoint, Stored, codes, quantize, rows
 from onebit.config import Activations, ModelConfig, RopeScaling
-from onebit.formats import gguf, gguf_file, gguf_keys, names, native
-from onebit.formats.blocks import BLOCKS, join
+from onebit.formats import gguf, names, native
+from onebit.formats.gguf import container, model_keys
+from onebit.formats.gguf.blocks import BLOCKS, join
 from onebit.packing import PackedTensor
 
 WIDE = {"d_model": 256, "d_ff": 512, "d_head": 64}
@@ -50,7 +51,7 @@ def contents(path: Path) -> dict[str, tuple[tuple[int, ...], str, bytes]]:
     data = path.read_bytes()
     return {
         name: (place.shape, place.block.name, data[place.begin : place.begin + place.n_bytes])
-        for name, place in gguf_file.read(path).tensors.items()
+        for name, place in container.read(path).tensors.items()
     }
 
 
@@ -94,9 +95,9 @@ def test_the_gguf_package_reads_what_we_write(kind, tmp_path):
     reader = GGUFReader(path)
     keys = {key: field.contents() for key, field in reader.fields.items()}
     assert keys["general.architecture"] == "llama" and keys["llama.rope.freq_base"] == 10000.0
-    assert keys["tokenizer.ggml.tokens"] == gguf_file.read(path).metadata["tokenizer.ggml.tokens"]
+    assert keys["tokenizer.ggml.tokens"] == container.read(path).metadata["tokenizer.ggml.tokens"]
     assert keys["onebit.label"] == master.label and keys["onebit.activations"] == master.config.activations
-    places = gguf_file.read(path).tensors
+    places = container.read(path).tensors
     assert [tensor.name for tensor in reader.tensors] == list(places)
     read = gguf.read(path)
     for tensor in reader.tensors:
@@ -363,7 +364,7 @@ def test_positions_of_llama_3(factor, tmp_path):
     path = tmp_path / "x.gguf"
     scaling = RopeScaling("llama3", factor, 8192)
     master = tiny.master(config("F32", **PLAIN, rope_theta=500000.0, rope_scaling=scaling))
-    factors = gguf_keys.rope_factors(master.config)
+    factors = model_keys.rope_factors(master.config)
     assert factors[0] == 1 and np.isclose(factors[-1], factor)
     there = tensors_of() | {"rope_freqs.weight": factors}
     other_writer(path, "llama", there, **{"rope.freq_base": 500000.0})
@@ -462,8 +463,8 @@ def test_a_large_vocabulary_is_read_fast(tmp_path):
     path = tmp_path / "x.gguf"
     metadata = {"general.architecture": "llama", "words": [f"token {i}" for i in range(150_000)],
                 "scores": np.arange(150_000, dtype=np.float32)}  # fmt: skip
-    gguf_file.write(path, metadata, {}, iter(()))
+    container.write(path, metadata, {}, iter(()))
     started = time.perf_counter()
-    read = gguf_file.read(path).metadata
+    read = container.read(path).metadata
     assert time.perf_counter() - started < 2
     assert read["words"] == metadata["words"] and np.array_equal(read["scores"], metadata["scores"])

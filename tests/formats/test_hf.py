@@ -13,7 +13,8 @@ import tokenizers
 import tiny
 from onebit.checkpoint import Checkpoint, Stored, codes, quantize, rows
 from onebit.config import Activations
-from onebit.formats import hf, hf_write, names, native, run, ternary, vocabulary
+from onebit.formats import hf, names, native, run, vocabulary
+from onebit.formats.hf import export, ternary
 from onebit.packing import from_bf16, to_bf16
 from onebit.quant import dequantize
 
@@ -90,7 +91,7 @@ def test_packed_and_back(divides, linear_class, dtype, tied_head, tmp_path):
 
 def test_rows_that_share_a_byte():
     found = np.random.default_rng(0).integers(-1, 2, (12, 5)).astype(np.int8)
-    data = hf_write.pack_codes(found)
+    data = export.pack_codes(found)
     for row in range(12):
         assert np.array_equal((data[row % 3] >> 2 * (row // 3) & 3).astype(np.int8) - 1, found[row])
 
@@ -220,7 +221,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_write, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
     hf.write(packed(), tmp_path / "model", "packed")
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"

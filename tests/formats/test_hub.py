@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from onebit.formats import hub
+from onebit.formats.hf import hub
 
 
 @pytest.mark.parametrize(

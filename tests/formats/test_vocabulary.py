@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from onebit.formats import presplit, vocabulary
+from onebit.formats import vocabulary
+from onebit.formats.vocabulary import presplit
 
 SPACE = "\u2581"
 # Spaces and breaks in runs, digits, emoji with joiners, combining marks, CJK, contractions, what looks like pieces.

@@ -18,8 +18,9 @@ import tiny
 from onebit import formats
 from onebit.checkpoint import Checkpoint, Stored, quantize
 from onebit.config import ModelConfig, RopeScaling
-from onebit.formats import gguf, gguf_keys, gguf_tensors, native
+from onebit.formats import gguf, native
 from onebit.formats.compare import compare
+from onebit.formats.gguf import matrices, model_keys
 from onebit.packing import PackedTensor, from_bf16, to_bf16
 
 PLAIN = {"sub_norm": False, "activation": "silu"}
@@ -140,7 +141,7 @@ def test_the_bounds_catch_a_wrong_order_of_rows(kind, tmp_path, monkeypatch):
     path = tmp_path / "x.gguf"
     gguf.write(model(kind, **PLAIN), path, kind)
     expected = Llama(path).logits(TOKENS)
-    monkeypatch.setattr(gguf_tensors, "_split_pairs", lambda values, d_head: values)
+    monkeypatch.setattr(matrices, "_split_pairs", lambda values, d_head: values)
     found = ours(gguf.read(path), tmp_path).logits(TOKENS)
     assert distance(expected, found)[0] > 10 * BOUNDS[kind][0]
 
@@ -180,7 +181,7 @@ def test_tokens_are_those_of_llama_cpp(tmp_path):
 def test_llama_cpp_refuses_what_it_would_compute_wrongly(tmp_path):
     path = tmp_path / "x.gguf"
     gguf.write(model("TQ2_0", sub_norm=True, activation="relu2"), path, "TQ2_0")
-    assert gguf_keys.architecture_for(gguf.read(path).config) == "bitnet-b1.58"
+    assert model_keys.architecture_for(gguf.read(path).config) == "bitnet-b1.58"
     with pytest.raises(ValueError, match="Failed to load model"):
         Llama(path)
 

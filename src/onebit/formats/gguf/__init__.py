@@ -17,13 +17,14 @@ import numpy as np
 
 from onebit.checkpoint import LINEAR_ENCODINGS, Checkpoint, Stored, Tensor
 from onebit.config import Activations, ModelConfig
-from onebit.formats import gguf_file, gguf_keys, names, vocabulary
-from onebit.formats.blocks import BLOCKS, SCHEMES, Block
+from onebit.formats import names, vocabulary
 from onebit.formats.families import family
 from onebit.formats.files import Buffer, read_bytes
 from onebit.formats.floats import FLOATS, decode, width_of
-from onebit.formats.gguf_file import Header, Place
-from onebit.formats.gguf_tensors import Source, pieces
+from onebit.formats.gguf import container, model_keys
+from onebit.formats.gguf.blocks import BLOCKS, SCHEMES, Block
+from onebit.formats.gguf.container import Header, Place
+from onebit.formats.gguf.matrices import Source, pieces
 from onebit.formats.tensors import named, raw, shorten
 from onebit.packing import Float32, PackedTensor
 from onebit.quant import Granularity
@@ -70,7 +71,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     with named(path):
-        header = gguf_file.read(path)
+        header = container.read(path)
         return _checkpoint(path, header)
 
 
@@ -97,12 +98,12 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], kind: str) -> No
     if problem := _misfit(config, kind):
         fitting = ", ".join(other for other in KINDS if not _misfit(config, other))
         raise ValueError(f"{kind} {problem}; this model fits {fitting}")
-    architecture = gguf_keys.architecture_for(config)
+    architecture = model_keys.architecture_for(config)
     specs: dict[str, tuple[tuple[int, ...], Block]] = {
         names.to_gguf(name): (shape, _block_for(name, checkpoint.tensors[name], config, kind))
         for name, shape in config.tensor_shapes().items()
     }
-    factors = gguf_keys.rope_factors(config)
+    factors = model_keys.rope_factors(config)
     if factors is not None:
         specs = {_ROPE_FACTORS: (factors.shape, BLOCKS["F32"])} | specs
     metadata = _metadata(checkpoint, architecture, kind)
@@ -116,7 +117,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], kind: str) -> No
             for chunk in pieces(name, checkpoint.tensors[name], config, specs[target][1], heads):
                 yield target, chunk
 
-    gguf_file.write(Path(path), metadata, specs, chunks())
+    container.write(Path(path), metadata, specs, chunks())
 
 
 def usual_kind(checkpoint: Checkpoint) -> str:
@@ -135,7 +136,7 @@ def usual_kind(checkpoint: Checkpoint) -> str:
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Why a model cannot be written as each of `KINDS`; None where it can."""
     try:
-        gguf_keys.architecture_for(checkpoint.config)
+        model_keys.architecture_for(checkpoint.config)
         _metadata(checkpoint, "llama", KINDS[0])
     except ValueError as error:
         return dict.fromkeys(KINDS, str(error))
@@ -144,13 +145,13 @@ def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
 
 def _checkpoint(path: Path, header: Header) -> Checkpoint:
     metadata, places = header
-    architecture = gguf_keys.architecture(metadata)
+    architecture = model_keys.architecture(metadata)
     found, extra = _names(places)
     embed = places.get("token_embd.weight")
     if embed is None:
         raise ValueError("tensor token_embd.weight is missing; the file is not complete")
     factors = extra.pop(_ROPE_FACTORS, None)
-    config = gguf_keys.read(
+    config = model_keys.read(
         metadata,
         embed.shape[0],
         tied_head="head.weight" not in found,
@@ -289,7 +290,7 @@ def _granularity(name: str, source: Source, config: ModelConfig) -> Granularity 
 
 def _heads(name: str, config: ModelConfig, architecture: str) -> int | None:
     """How many heads the rows of a tensor are, where the architecture has them in another order; else None."""
-    if architecture not in gguf_keys.PERMUTED or not name.startswith("layers."):
+    if architecture not in model_keys.PERMUTED or not name.startswith("layers."):
         return None
     return {"q": config.n_heads, "k": config.n_kv_heads}.get(name.split(".")[2])
 
@@ -340,9 +341,9 @@ def _metadata(checkpoint: Checkpoint, architecture: str, kind: str) -> dict[str,
         "general.name": _title(checkpoint),
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
-        "general.alignment": gguf_file.ALIGN,
+        "general.alignment": container.ALIGN,
     }
-    metadata |= gguf_keys.keys(config, architecture)
+    metadata |= model_keys.keys(config, architecture)
     metadata |= {
         "onebit.label": checkpoint.label,
         _ACTIVATIONS: config.activations,

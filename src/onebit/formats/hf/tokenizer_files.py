@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from onebit.config import ModelConfig
 from onebit.formats import vocabulary
-from onebit.formats.hf_files import read_json, read_small
+from onebit.formats.hf.shards import read_json, read_small
 from onebit.formats.tensors import Json, named, parse_json, shorten
 
 TOKENIZER = "tokenizer.json"

@@ -16,11 +16,12 @@ import numpy as np
 
 from onebit.checkpoint import BLOCK_ROWS, Checkpoint, Stored, Tensor, codes, rows
 from onebit.config import ModelConfig
-from onebit.formats import hf_config, hf_tokenizer, names
+from onebit.formats import names
 from onebit.formats import tensors as container
 from onebit.formats.files import Buffer, write_file
 from onebit.formats.floats import encode, width_of
-from onebit.formats.hf_files import CONFIG, INDEX, MODEL, is_model
+from onebit.formats.hf import config_json, tokenizer_files
+from onebit.formats.hf.shards import CONFIG, INDEX, MODEL, is_model
 from onebit.formats.tensors import Json, shorten
 from onebit.packing import Float32, Int8, PackedTensor, UInt8, from_bf16, to_bf16
 from onebit.quant import dequantize
@@ -84,16 +85,16 @@ def write(checkpoint: Checkpoint, folder: str | os.PathLike[str], kind: str) -> 
     check_replaceable(folder)
     config = checkpoint.config
     # Before anything is read or written: these refuse what has no class, or cannot be packed.
-    hf_config.build(config, "float32", None)
+    config_json.build(config, "float32", None)
     quantization = _quantization(checkpoint, kind)
-    files = hf_tokenizer.build(checkpoint.tokenizer, checkpoint.chat_template, config)
+    files = tokenizer_files.build(checkpoint.tokenizer, checkpoint.chat_template, config)
     form = _form(checkpoint, kind, quantization)
     if form.divides and quantization:
         quantization["linear_class"] = "bitlinear"
     entries = list(_entries(checkpoint, kind, form))
     widths = {entry.dtype for entry in entries} - {"U8"}
     dtype = _DTYPES[widths.pop() if len(widths) == 1 else "F32"]
-    files[CONFIG] = _dump(hf_config.build(config, dtype, quantization))
+    files[CONFIG] = _dump(config_json.build(config, dtype, quantization))
     folder.parent.mkdir(parents=True, exist_ok=True)
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     hidden.mkdir()
@@ -120,7 +121,7 @@ def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for kind in KINDS:
         try:
-            hf_config.build(checkpoint.config, "float32", _quantization(checkpoint, kind))
+            config_json.build(checkpoint.config, "float32", _quantization(checkpoint, kind))
             found[kind] = None
         except ValueError as error:
             found[kind] = str(error)

@@ -21,11 +21,11 @@ import numpy.typing as npt
 from onebit import quant
 from onebit.checkpoint import Stored, Tensor, codes, rows
 from onebit.config import ModelConfig
-from onebit.formats import blocks
-from onebit.formats.blocks import SCHEMES, Block
 from onebit.formats.files import Buffer, read_bytes
 from onebit.formats.floats import encode
-from onebit.formats.gguf_file import Place
+from onebit.formats.gguf import blocks
+from onebit.formats.gguf.blocks import SCHEMES, Block
+from onebit.formats.gguf.container import Place
 from onebit.formats.tensors import named, raw
 from onebit.packing import Float32, Int8, UInt8
 

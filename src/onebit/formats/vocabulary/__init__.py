@@ -15,10 +15,10 @@ import math
 import struct
 from collections.abc import Sequence
 
-from onebit.formats import bpe, presplit
-from onebit.formats.gguf_vocabulary import Vocabulary, from_gguf, to_gguf
-from onebit.formats.sentencepiece import from_sentencepiece
 from onebit.formats.tensors import parse_json, shorten
+from onebit.formats.vocabulary import bpe, presplit
+from onebit.formats.vocabulary.gguf import Vocabulary, from_gguf, to_gguf
+from onebit.formats.vocabulary.sentencepiece import from_sentencepiece
 
 __all__ = [
     "LLAMA3_PATTERN",

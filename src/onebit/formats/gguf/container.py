@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onebit.formats.blocks import Block, candidates
 from onebit.formats.files import Buffer, new_file
+from onebit.formats.gguf.blocks import Block, candidates
 from onebit.formats.tensors import shorten
 
 MAGIC = b"GGUF"

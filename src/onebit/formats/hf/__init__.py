@@ -17,11 +17,12 @@ import numpy as np
 
 from onebit.checkpoint import Checkpoint, Stored, Tensor
 from onebit.config import Activations, ModelConfig
-from onebit.formats import hf_config, hf_tokenizer, names, ternary
+from onebit.formats import names
 from onebit.formats.floats import FLOATS, decode, in_file
-from onebit.formats.hf_config import Description
-from onebit.formats.hf_files import CONFIG, Located, is_model, locate, read_json
-from onebit.formats.hf_write import KINDS, check_replaceable, move_folder, refusals, usual_kind, write
+from onebit.formats.hf import config_json, ternary, tokenizer_files
+from onebit.formats.hf.config_json import Description
+from onebit.formats.hf.export import KINDS, check_replaceable, move_folder, refusals, usual_kind, write
+from onebit.formats.hf.shards import CONFIG, Located, is_model, locate, read_json
 from onebit.formats.tensors import Json, named, shorten
 from onebit.packing import Float32, Int8, UInt8
 from onebit.quant import dequantize
@@ -57,9 +58,9 @@ def read(folder: Path) -> Checkpoint:
     folder = Path(folder)
     with named(folder / CONFIG):
         values = read_json(folder / CONFIG, "config")
-        description = hf_config.parse(values)
+        description = config_json.parse(values)
     config = description.config
-    tokenizer = hf_tokenizer.read(folder, config.vocab_size)
+    tokenizer = tokenizer_files.read(folder, config.vocab_size)
     config = _with_special_tokens(config, folder, tokenizer)
     tensors, scales = _by_our_names(folder, locate(folder))
     # Before the names of all layers are listed: a hostile config may claim millions.
@@ -92,14 +93,14 @@ def _name_of(folder: Path) -> str:
     return path.name
 
 
-def _with_special_tokens(config: ModelConfig, folder: Path, tokenizer: hf_tokenizer.Found) -> ModelConfig:
+def _with_special_tokens(config: ModelConfig, folder: Path, tokenizer: tokenizer_files.Found) -> ModelConfig:
     """The config with the ids that texts begin with and end at."""
     eos = list(config.eos_tokens)
-    path = folder / hf_tokenizer.GENERATION
+    path = folder / tokenizer_files.GENERATION
     if path.is_file():
         generation = read_json(path, "config")
         with named(path):
-            eos += hf_config.tokens(generation, "eos_token_id", config.vocab_size)
+            eos += config_json.tokens(generation, "eos_token_id", config.vocab_size)
     if tokenizer.eos_token in eos:
         # A chat template knows the first one.
         eos.insert(0, tokenizer.eos_token)

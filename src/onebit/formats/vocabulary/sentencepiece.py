@@ -10,8 +10,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from onebit.formats import bpe
 from onebit.formats.tensors import Json, shorten
+from onebit.formats.vocabulary import bpe
 
 _UNIGRAM, _BPE = 1, 2
 _MODEL_TYPES = {_UNIGRAM: "unigram", _BPE: "BPE", 3: "word", 4: "character"}

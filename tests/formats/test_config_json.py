@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from onebit.config import RopeScaling
-from onebit.formats import hf_config
+from onebit.formats.hf import config_json
 
 # What the config.json of each model says, without what no reader looks at.
 BITNET_2B_4T = {
@@ -90,7 +90,7 @@ LLAMA = {
 
 
 def test_bitnet_2b_4t():
-    found = hf_config.parse(BITNET_2B_4T)
+    found = config_json.parse(BITNET_2B_4T)
     config = found.config
     assert (found.model_type, found.meaning, found.is_master) == ("bitnet", "multiplies", True)
     assert (config.d_model, config.d_ff, config.n_layers, config.n_heads, config.n_kv_heads) == (
@@ -105,33 +105,33 @@ def test_bitnet_2b_4t():
 
 
 def test_the_first_bitnets():
-    found = hf_config.parse(BITNET_3B)
+    found = config_json.parse(BITNET_3B)
     assert (found.model_type, found.meaning, found.is_master) == ("bitnet", None, True)
     config = found.config
     assert (config.activation, config.sub_norm, config.d_head, config.tied_head) == ("silu", True, 100, True)
 
 
 def test_qwen2():
-    config = hf_config.parse(QWEN2).config
+    config = config_json.parse(QWEN2).config
     assert (config.qkv_bias, config.qk_norm, config.sub_norm, config.d_head) == (True, False, False, 64)
     assert config.eos_tokens == (151645, 151643)
 
 
 def test_what_is_not_said_is_what_transformers_takes():
-    config = hf_config.parse(LLAMA).config
+    config = config_json.parse(LLAMA).config
     assert (config.n_kv_heads, config.d_head, config.rope_theta, config.norm_eps) == (4, 64, 10000.0, 1e-6)
     assert (config.activation, config.tied_head, config.max_seq_len) == ("silu", False, 2048)
     assert (config.bos_token, config.eos_tokens, config.rope_scaling) == (None, (), None)
-    bitnet = hf_config.parse(LLAMA | {"architectures": None, "model_type": "bitnet"}).config
+    bitnet = config_json.parse(LLAMA | {"architectures": None, "model_type": "bitnet"}).config
     assert (bitnet.rope_theta, bitnet.norm_eps, bitnet.activation) == (500000.0, 1e-5, "relu2")
-    qwen3 = hf_config.parse(LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}).config
+    qwen3 = config_json.parse(LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}).config
     assert (qwen3.d_head, qwen3.qk_norm) == (128, True)
     mistral = LLAMA | {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "sliding_window": None,
     }
-    assert hf_config.parse(mistral).config.max_seq_len == 131072
+    assert config_json.parse(mistral).config.max_seq_len == 131072
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_what_is_not_said_is_what_transformers_takes():
     ],
 )
 def test_rope_in_both_spellings(changes, theta, scaling):
-    config = hf_config.parse(LLAMA | changes).config
+    config = config_json.parse(LLAMA | changes).config
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
 
@@ -180,14 +180,14 @@ def test_rope_in_both_spellings(changes, theta, scaling):
     ],
 )
 def test_what_the_scale_means(quantization, meaning):
-    found = hf_config.parse(LLAMA | {"quantization_config": quantization})
+    found = config_json.parse(LLAMA | {"quantization_config": quantization})
     assert (found.meaning, found.is_master) == (meaning, True)
 
 
 def test_masters_are_told():
-    assert hf_config.parse(LLAMA | {"is_bitnet_config": True}).is_master
-    assert hf_config.parse(LLAMA | {"weight_bits": 1, "input_bits": 8}).is_master
-    assert not hf_config.parse(LLAMA).is_master
+    assert config_json.parse(LLAMA | {"is_bitnet_config": True}).is_master
+    assert config_json.parse(LLAMA | {"weight_bits": 1, "input_bits": 8}).is_master
+    assert not config_json.parse(LLAMA).is_master
 
 
 @pytest.mark.parametrize(
@@ -227,15 +227,15 @@ def test_masters_are_told():
 )  # fmt: skip
 def test_what_does_not_run_is_refused_by_name(changes, words):
     with pytest.raises(ValueError) as caught:
-        hf_config.parse(LLAMA | changes)
+        config_json.parse(LLAMA | changes)
     assert words in str(caught.value)
 
 
 def test_a_window_of_mistral_is_refused():
     mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    assert hf_config.parse(mistral).model_type == "mistral"
+    assert config_json.parse(mistral).model_type == "mistral"
     with pytest.raises(ValueError, match="sliding_window is 4096 and in use"):
-        hf_config.parse(mistral | {"sliding_window": 4096})
+        config_json.parse(mistral | {"sliding_window": 4096})
 
 
 @pytest.mark.parametrize(
@@ -255,13 +255,13 @@ def test_a_window_of_mistral_is_refused():
 )
 def test_what_is_written_is_read(changes):
     config = replace(tiny.BITNET, weights="dense", activations="none", **changes)
-    assert hf_config.parse(hf_config.build(config, "float32", None)).config == config
+    assert config_json.parse(config_json.build(config, "float32", None)).config == config
 
 
 def test_what_no_class_of_transformers_has():
     with pytest.raises(ValueError, match="4 heads of 16 are 64 wide, the model 48"):
-        hf_config.build(tiny.CONFIG, "float32", None)
+        config_json.build(tiny.CONFIG, "float32", None)
     with pytest.raises(ValueError, match="no multiple of the 5 heads"):
-        hf_config.build(tiny.config(n_heads=5, n_kv_heads=5, sub_norm=False), "float32", None)
+        config_json.build(tiny.config(n_heads=5, n_kv_heads=5, sub_norm=False), "float32", None)
     with pytest.raises(ValueError, match="no other program has a model with these together"):
-        hf_config.build(tiny.config(qk_norm=True), "float32", None)
+        config_json.build(tiny.config(qk_norm=True), "float32", None)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onebit.formats import bpe, presplit
 from onebit.formats.tensors import Json, parse_json, shorten
+from onebit.formats.vocabulary import bpe, presplit
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _NO_VOCABULARY = (None, "no_vocab", "none")
