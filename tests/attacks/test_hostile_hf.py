@@ -55,7 +55,7 @@ def refusal(folder: Path) -> str:
         quantize(hf.read(folder))
     message = str(caught.value)
     assert "\n" not in message and message.isprintable() and len(message) < 450 + len(str(folder))
-    assert str(folder) in message
+    assert message.count(str(folder)) == 1
     return message
 
 
@@ -230,6 +230,9 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         fields("tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<x>"}}),
         "expected no gap",
     ),
+    "added tokens damaged": (text("added_tokens.json", "{"), "added_tokens.json: added tokens is not valid JSON"),
+    "special tokens damaged": (text("special_tokens_map.json", "{"), "special_tokens_map.json: special tokens is not"),
+    "settings damaged": (text("tokenizer_config.json", "{"), "tokenizer_config.json: settings is not valid JSON"),
     "added ids odd": (text("added_tokens.json", '{"x": "1"}'), "expected an id"),
     "template odd": (
         lambda folder: [

@@ -32,8 +32,8 @@ __all__ = ["KINDS", "check_replaceable", "is_model", "move_folder", "read", "ref
 _SCALE = "_scale"
 # Values that models keep beside their weights and compute anew.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-# Scales of real models multiply by 0.001 to 1.
-_LARGEST_MULTIPLIER, _SMALLEST_DIVISOR = 4.0, 0.25
+# Scales of real models multiply by 0.001 to 1, or divide by 1 to 1000.
+_LARGEST_MULTIPLIER = 4.0
 _BLOCK_ROWS = 4096
 
 _Tensors = dict[str, Located]
@@ -56,6 +56,7 @@ def read(folder: Path) -> Checkpoint:
     Source: transformers, integrations/bitnet.py.
     """
     folder = Path(folder)
+    values = read_json(folder / CONFIG, "config")
     with named(folder / CONFIG):
         values = read_json(folder / CONFIG, "config")
         description = config_json.parse(values)
@@ -68,21 +69,23 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(
             f"{folder}: config.json claims {config.n_layers} layers; there are {len(tensors)} tensors"
         )
+    config = replace(config, tied_head=config.tied_head and not _has_own_head(tensors))
+    if config.tied_head:
+        tensors.pop("head.weight", None)
+    description = replace(description, config=config)
     with named(folder):
-        config = replace(config, tied_head=config.tied_head and not _has_own_head(tensors))
-        if config.tied_head:
-            tensors.pop("head.weight", None)
-        config, stored, meaning = _stored(replace(description, config=config), tensors, scales)
-        provenance: Json = {
-            "source": {
-                "format": "huggingface",
-                "model_type": description.model_type,
-                "folder": _name_of(folder),
-                "scale": meaning,
-                "dtype": tensors["norm.weight"].dtype,
-            }
+        found = _stored(description, tensors, scales)
+    config, stored, meaning = _with_scheme(description, tensors, found)
+    provenance: Json = {
+        "source": {
+            "format": "huggingface",
+            "model_type": description.model_type,
+            "folder": _name_of(folder),
+            "scale": meaning,
+            "dtype": tensors["norm.weight"].dtype,
         }
-        return Checkpoint(config, stored, tokenizer.tokenizer, tokenizer.chat_template, provenance)
+    }
+    return Checkpoint(config, stored, tokenizer.tokenizer, tokenizer.chat_template, provenance)
 
 
 def _name_of(folder: Path) -> str:
@@ -142,6 +145,8 @@ def _has_own_head(tensors: _Tensors) -> bool:
     head, embed = tensors.get("head.weight"), tensors.get("embed.weight")
     if head is None or embed is None or head.shape != embed.shape or len(head.shape) != 2:
         return head is not None
+    if {head.dtype, embed.dtype} - set(FLOATS):
+        return True
     pair = [_floats(tensor, tensor.shape) for tensor in (head, embed)]
     for begin in range(0, head.shape[0], _BLOCK_ROWS):
         end = min(head.shape[0], begin + _BLOCK_ROWS)
@@ -151,10 +156,8 @@ def _has_own_head(tensors: _Tensors) -> bool:
     return False
 
 
-def _stored(
-    description: Description, tensors: _Tensors, scales: _Tensors
-) -> tuple[ModelConfig, dict[str, Tensor], str]:
-    """The config with the scheme that the tensors have, the tensors, and what the scale means."""
+def _stored(description: Description, tensors: _Tensors, scales: _Tensors) -> dict[str, Stored]:
+    """The tensors, checked to be those of the config."""
     config = description.config
     shapes = config.tensor_shapes()
     for name in shapes:
@@ -175,30 +178,40 @@ def _stored(
             f"tensor {tensors[other].name} is {tensors[other].dtype}, but {tensors[packed[0]].name} is packed; onebit "
             "needs all seven linear layers of every block in one scheme"
         )
-    stored: dict[str, Tensor] = {
-        name: _floats(tensors[name], shape) for name, shape in shapes.items() if name not in packed
-    }
+    stored = {name: _floats(tensors[name], shape) for name, shape in shapes.items() if name not in packed}
     if packed:
         multipliers = _multipliers(description, [tensors[name] for name in packed], scales, packed)
         for name in packed:
             n, k = shapes[name]
             stored[name] = _packed(tensors[name], (n, k), multipliers[name], scales[name].n_bytes)
-        config = replace(config, weights="b1.58", activations="a8", scale="tensor")
-        return config, stored, description.meaning or ""
-    if scales:
+    elif scales:
         found = next(iter(scales.values()))
         raise ValueError(f"tensor {shorten(found.name)} scales no packed weights; expected them as U8")
-    exact = _exactly_ternary(description, stored, linear)
+    return stored
+
+
+def _with_scheme(
+    description: Description, tensors: _Tensors, stored: dict[str, Stored]
+) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    """The config with the scheme that its tensors have, the tensors, and what became of scales."""
+    config = description.config
+    linear = [name for name in stored if config.is_linear(name)]
+    rounded = replace(config, weights="b1.58", activations="a8", scale="tensor")
+    if stored[linear[0]].codes:
+        return rounded, {**stored}, description.meaning or ""
+    # What is said to be rounded in every pass is, whatever its values.
+    first = [stored[name] for name in linear[:7]]
+    exact = None
+    if not description.meaning:
+        exact = ternary.detect([t.rows for t in first], [(t.shape[0], t.shape[1]) for t in first])
     if exact:
-        is_bitnet = description.is_master
-        activations: Any = "a8" if is_bitnet or "a15" not in get_args(Activations) else "a15"
+        # Nobody rounds the activations of such a model, unless it is a BitNet.
+        has_a15 = "a15" in get_args(Activations) and not description.is_master
+        activations: Any = "a15" if has_a15 else "a8"
         config = replace(config, weights=exact.weights, activations=activations, scale=exact.scale)
-        for name in linear:
-            stored[name] = _with_codes(tensors[name], stored[name], exact)
-        return config, stored, "part of the weights"
-    if description.is_master:
-        return replace(config, weights="b1.58", activations="a8", scale="tensor"), stored, "of the rounding"
-    return config, stored, "none"
+        coded = {name: _with_codes(tensors[name], stored[name], exact) for name in linear}
+        return config, {**stored, **coded}, "part of the weights"
+    return (rounded if description.is_master else config), {**stored}, "none"
 
 
 def _floats(tensor: Located, shape: tuple[int, ...]) -> Stored:
@@ -316,20 +329,7 @@ def _quarter(data: UInt8, quarter: int, name: str, first: int) -> Int8:
     return digits.view(np.int8) - np.int8(1)
 
 
-def _exactly_ternary(
-    description: Description, stored: Mapping[str, Tensor], linear: list[str]
-) -> ternary.Found | None:
-    """What the first layer shows, of a model whose weights nobody is said to round."""
-    if description.meaning:
-        return None
-    matrices = [tensor for name in linear[:7] if isinstance(tensor := stored[name], Stored)]
-    return ternary.detect(
-        [tensor.rows for tensor in matrices], [(tensor.shape[0], tensor.shape[1]) for tensor in matrices]
-    )
-
-
-def _with_codes(tensor: Located, stored: Tensor, found: ternary.Found) -> Stored:
-    assert isinstance(stored, Stored)
+def _with_codes(tensor: Located, stored: Stored, found: ternary.Found) -> Stored:
     rows = stored.rows
 
     def codes() -> tuple[Int8, Float32]:

@@ -7,7 +7,7 @@ Trusts nothing in a file. Runs no tokenizer.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +53,11 @@ def read(folder: Path, vocab_size: int) -> Found:
     if contents is None:
         return Found(None, template, None, None, None)
     data, source = contents
+    declared = _declared(folder, settings)
     with named(folder / source):
         tokenizer = parse_json(data, "tokenizer")
         vocab = _vocabulary(tokenizer)
-        if _add_tokens(folder, tokenizer, settings, vocab):
+        if _add_tokens(tokenizer, vocab, declared):
             data = json.dumps(tokenizer, separators=(",", ":")).encode()
         if vocab and max(vocab.values()) >= vocab_size:
             token = max(vocab, key=vocab.__getitem__)
@@ -187,12 +188,12 @@ def _added(tokenizer: Json) -> list[Json]:
     return list(added)
 
 
-def _add_tokens(folder: Path, tokenizer: Json, settings: Json, vocab: dict[str, int]) -> bool:
+def _add_tokens(tokenizer: Json, vocab: dict[str, int], declared: list[tuple[int, str, Json]]) -> bool:
     """Add to a tokenizer, and to its vocabulary, the tokens that other files alone name; whether there were any."""
     added = _added(tokenizer)
     known, last = {entry["id"] for entry in added}, max(vocab.values(), default=-1)
     new: dict[int, Json] = {}
-    for token, text, flags in _declared(folder, settings):
+    for token, text, flags in declared:
         if token in known or token in new:
             continue
         if vocab.get(text, token) != token:
@@ -211,23 +212,29 @@ def _add_tokens(folder: Path, tokenizer: Json, settings: Json, vocab: dict[str, 
     return bool(new)
 
 
-def _declared(folder: Path, settings: Json) -> Iterator[tuple[int, str, Json]]:
+def _declared(folder: Path, settings: Json) -> list[tuple[int, str, Json]]:
     """Id, text and flags of the tokens that tokenizer_config.json and added_tokens.json name."""
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    table = settings.get("added_tokens_decoder")
-    table = {} if table is None else table
-    if not isinstance(table, dict):
-        raise ValueError(f"added_tokens_decoder of {SETTINGS} is {shorten(table)}; expected a table")
-    for key, entry in table.items():
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(text, str) or not (key.isascii() and key.isdigit() and len(key) < 9):
-            raise ValueError(f"added_tokens_decoder of {SETTINGS} has {shorten(key)}: {shorten(entry)}")
-        yield int(key), text, {name: entry.get(name) is True for name in names}
+    declared: list[tuple[int, str, Json]] = []
+    with named(folder / SETTINGS):
+        table = settings.get("added_tokens_decoder")
+        table = {} if table is None else table
+        if not isinstance(table, dict):
+            raise ValueError(f"added_tokens_decoder is {shorten(table)}; expected a table")
+        for key, entry in table.items():
+            text = entry.get("content") if isinstance(entry, dict) else None
+            if not isinstance(text, str) or not (key.isascii() and key.isdigit() and len(key) < 9):
+                raise ValueError(
+                    f"added_tokens_decoder has {shorten(key)}: {shorten(entry)}; expected ids and contents"
+                )
+            declared.append((int(key), text, {name: entry.get(name) is True for name in names}))
     path = folder / "added_tokens.json"
-    for text, token in (read_json(path, "added tokens") if path.is_file() else {}).items():
+    table = read_json(path, "added tokens") if path.is_file() else {}
+    for text, token in table.items():
         if type(token) is not int or not 0 <= token < 2**24:
-            raise ValueError(f"added_tokens.json has {shorten(text)}: {shorten(token)}; expected an id")
-        yield token, text, dict.fromkeys(names, False) | {"special": True}
+            raise ValueError(f"{path}: {shorten(text)} is {shorten(token)}; expected an id")
+        declared.append((token, text, dict.fromkeys(names, False) | {"special": True}))
+    return declared
 
 
 def _specials(folder: Path, settings: Json) -> tuple[str | None, str | None]:
