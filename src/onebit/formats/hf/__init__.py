@@ -58,7 +58,6 @@ def read(folder: Path) -> Checkpoint:
     folder = Path(folder)
     values = read_json(folder / CONFIG, "config")
     with named(folder / CONFIG):
-        values = read_json(folder / CONFIG, "config")
         description = config_json.parse(values)
     config = description.config
     tokenizer = tokenizer_files.read(folder, config.vocab_size)
