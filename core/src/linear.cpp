@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kUnitInputs = 4;
 constexpr int kUnitBytes = 64;
+// Floats that memory delivers together.
+constexpr int kLineFloats = 16;
 
 // Rows of activations per pass over a tile: the tile comes from memory and is unpacked once per pass, while the rows
 // stay in a cache of about this size. A multiple of the rows that kernels take at a time: 32, 6, 4, 3.
@@ -75,6 +77,9 @@ void scaled_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, c
       const float* scale = matrix.scale + static_cast<std::ptrdiff_t>(first) * n_groups + group;
       for (std::ptrdiff_t j = 0; j < n; ++j) of_group[j] = scale[j * n_groups];
       w_scale = of_group;
+      // The scales of a tile are read across, which no machine foresees: ask for a share of the next tile's.
+      const float* next = matrix.scale + static_cast<std::ptrdiff_t>(first + rows) * n_groups + group * rows;
+      for (int j = 0; j < rows && first + rows < matrix.n; j += kLineFloats) __builtin_prefetch(next + j);
     }
     if (m == x.n_rows) {
       dot_group(kernels, matrix, tile, group, x, 0, row, x.n_planes * m, sums, part);
