@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import onebit
+import tiny
+from onebit import formats
 
 ROOT = Path(__file__).parent.parent
 SKIPPED = {".git", ".venv", ".hypothesis", "build", "dist", "runs"}
@@ -111,6 +113,10 @@ def is_cheap(command: str) -> bool:
 @pytest.mark.parametrize("command", [c for b in blocks("bash") for c in b.splitlines() if is_cheap(c)])
 def test_readme_cheap_commands_run(command, tmp_path):
     words = onebit_words(command)
+    if "model.gguf" in words:
+        formats.write(
+            tiny.master(tiny.config(sub_norm=False, activation="silu")), tmp_path / "model.gguf", "F32"
+        )
     call = [shlex.quote(sys.executable), "-m", "onebit"]
     line = command.replace(" ".join(["onebit", words[1]]), " ".join([*call, words[1]]))
     result = subprocess.run(
@@ -118,6 +124,17 @@ def test_readme_cheap_commands_run(command, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout or (tmp_path / "story.txt").read_text("utf-8")
+
+
+def test_the_proofs_of_families_exist():
+    text = (ROOT / "docs" / "families.md").read_text("utf-8")
+    file, n_found = None, 0
+    for path, test in re.findall(r"`((?:[a-z]+/)?test_\w+\.py)?(?:::(test_\w+)(?:\[[^\]`]*\])?)?`", text):
+        file = ROOT / "tests" / path if path else file
+        if path or test:
+            assert f"def {test}" in file.read_text("utf-8"), f"{path or file} {test}"
+            n_found += 1
+    assert n_found > 30
 
 
 def test_make_targets_in_documents_exist():
