@@ -2,8 +2,8 @@
 
     python benchmarks/agreement.py --model SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.txt --exact smollm2-f32.gguf
 
-With --exact, a file of the same weights in F32 (onebit convert MODEL FILE --encoding F32), llama.cpp is also compared with
-itself: what it loses by rounding activations for quantised weights.
+With --exact, a file of the same weights in F32 (onebit convert MODEL FILE --encoding F32), llama.cpp is also compared
+with itself: what it loses by rounding activations for quantised weights.
 """
 
 import argparse
