@@ -146,8 +146,8 @@ def _ways_out(checkpoint: "Checkpoint") -> "Table":
     from onebit import formats
 
     table = new_table("can become", "")
-    for name, reason in formats.refusals(checkpoint).items():
-        table.add_row(name, "yes" if reason is None else f"no: {reason}")
+    for name, answer in formats.ways_out(checkpoint).items():
+        table.add_row(name, answer)
     return table
 
 

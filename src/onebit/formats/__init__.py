@@ -156,10 +156,16 @@ def encodings(path: Path) -> tuple[str, ...]:
     return hf.KINDS
 
 
-def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """Why a model cannot be written in each format and encoding of others; None where it can."""
-    found = {f"GGUF {kind}": reason for kind, reason in gguf.refusals(checkpoint).items()}
-    return found | {f"Hugging Face {kind}": reason for kind, reason in hf.refusals(checkpoint).items()}
+def ways_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a model can become: each format and encoding, and "yes", or why not, or what it would lose.
+
+    By its config and its first rows: scales that GGUF rounds to float16 show when they are written.
+    """
+    loss = _certain_loss(checkpoint, None, None)
+    reasons = {f"GGUF {kind}": reason for kind, reason in gguf.refusals(checkpoint).items()}
+    reasons |= {f"Hugging Face {kind}": reason for kind, reason in hf.refusals(checkpoint).items()}
+    found = {SUFFIX: f"only with --allow-lossy: {loss}" if loss else "yes"}
+    return found | {name: f"no: {reason}" if reason else "yes" for name, reason in reasons.items()}
 
 
 def convert(
@@ -197,7 +203,9 @@ def convert(
         hf.check_replaceable(dst)
     source = read(src)
     if dst.suffix == SUFFIX and not allow_lossy:
-        _foresee(dst, source, encoding, head)
+        # By the first rows of each matrix, before the work is done.
+        if loss := _certain_loss(source, encoding, head):
+            raise _lossy(dst, loss)
     # Its name keeps the suffix, which is the format.
     unfinished = dst.with_name(f".{secrets.token_hex(4)}.{dst.name}")
     try:
@@ -214,8 +222,8 @@ def convert(
     return report._replace(made=read(dst))
 
 
-def _foresee(dst: Path, source: Checkpoint, encoding: str | None, head: str | None) -> None:
-    """Refuse what would be found lossy in the end, by the first rows of each matrix: before the work is done."""
+def _certain_loss(source: Checkpoint, encoding: str | None, head: str | None) -> str | None:
+    """What a .onebit file would lose of a model, if the first rows of its matrices show it."""
     planned = plan(source, encoding, head)
     for name, kind in planned.encodings.items():
         tensor = source.tensors.get(name)
@@ -223,7 +231,8 @@ def _foresee(dst: Path, source: Checkpoint, encoding: str | None, head: str | No
             continue
         values = rows(name, tensor, 0, _FIRST_ROWS)
         if not np.array_equal(from_bf16(to_bf16(values)), values):
-            raise _lossy(dst, f"{name}, {tensor.kind} to bf16, has values that bfloat16 does not hold")
+            return f"{name}, {tensor.kind} to bf16, has values that bfloat16 does not hold"
+    return None
 
 
 def _lossy(dst: Path, lost: str) -> ValueError:
