@@ -17,31 +17,14 @@ import numpy as np
 
 from onebit.checkpoint import Checkpoint, to_dense
 from onebit.config import ModelConfig
+from onebit.formats import names
+from onebit.formats.hf.export import pack_codes
 from onebit.packing import PackedTensor, unpack
 
 GGUF_TYPES = ("TQ2_0", "TQ1_0", "Q4_K_M")
-GGUF_NAMES = {
-    "embed": "token_embd", "norm": "output_norm", "head": "output",
-    "attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "attn_sub_norm": "attn_sub_norm",
-    "o": "attn_output", "ffn_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up",
-    "ffn_sub_norm": "ffn_sub_norm", "down": "ffn_down",
-}  # fmt: skip
-HUGGING_FACE_NAMES = {
-    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
-    "attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "attn_sub_norm": "self_attn.attn_sub_norm", "o": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "ffn_sub_norm": "mlp.ffn_sub_norm", "down": "mlp.down_proj",
-}  # fmt: skip
-
 # Weights of a block in all the types used here, and how rows are cut so that float32 copies stay small.
 BLOCK = 256
 CHUNK_WEIGHTS = 2**24
-
-
-def rename(name: str, names: dict[str, str], layer: str) -> str:
-    """A tensor name of ours in the words of another format; `layer` is what stands before a layer's number."""
-    *prefix, part, kind = name.split(".")
-    return ".".join([*([layer, prefix[1]] if prefix else []), names[part], kind])
 
 
 def gguf_type(name: str, config: ModelConfig, kind: str) -> str:
@@ -99,7 +82,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, kind: str) -> None:
     for name, tensor in checkpoint.tensors.items():
         if "sub_norm" in name and not is_bitnet:
             continue
-        target = rename(name, GGUF_NAMES, "blk")
+        target = names.to_gguf(name)
         if not isinstance(tensor, PackedTensor):
             writer.add_tensor_info(target, tensor.shape, np.dtype(np.float32), tensor.nbytes)
             fill.append(lambda tensor=tensor: tensor)
@@ -188,14 +171,11 @@ def write_hugging_face(checkpoint: Checkpoint, folder: Path) -> None:
     config = checkpoint.config
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
-        target = rename(name, HUGGING_FACE_NAMES, "model.layers")
+        target = names.to_hf(name)
         if not isinstance(tensor, PackedTensor):
             tensors[target] = torch.tensor(tensor, dtype=torch.bfloat16)
         elif config.is_linear(name):
-            codes = (unpack(tensor.data, tensor.encoding, tensor.shape) + 1).astype(np.uint8)
-            # Byte i of a column holds the rows i, i + n/4, i + n/2 and i + 3n/4.
-            quarters = codes.reshape(4, -1, codes.shape[1])
-            packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+            packed = pack_codes(unpack(tensor.data, tensor.encoding, tensor.shape))
             scale = torch.tensor(tensor.scale, dtype=torch.bfloat16)
             tensors[target] = torch.from_numpy(packed)
             # BitLinear divides by its scale, AutoBitLinear multiplies.
