@@ -34,7 +34,7 @@ def test_ternary_codes_survive(kind, sub_norm, tmp_path):
     reader, found = read(checkpoint, tmp_path / "twin.gguf", kind)
     assert reader.get_field("general.architecture").contents() == ("bitnet" if sub_norm else "llama")
     for name, tensor in checkpoint.tensors.items():
-        twin = found.pop(twins.rename(name, twins.GGUF_NAMES, "blk"))
+        twin = found.pop(names.to_gguf(name))
         assert tuple(twin.shape[::-1]) == tuple(tensor.shape)
         if checkpoint.config.is_linear(name):
             assert twin.tensor_type.name == kind
@@ -70,7 +70,7 @@ def test_codes_for_transformers_survive(tmp_path):
     twins.write_hugging_face(checkpoint, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "layers.1.down.weight"
-    packed = tensors[twins.rename(name, twins.HUGGING_FACE_NAMES, "model.layers")]
+    packed = tensors[names.to_hf(name)]
     rows = torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
     assert np.array_equal(rows.numpy(), codes(checkpoint, name))
     assert len(tensors) == len(checkpoint.tensors) + 7 * CONFIG.n_layers
