@@ -11,6 +11,7 @@ import twins
 from safetensors.torch import load_file
 
 import tiny
+from onebit.formats import names
 from onebit.packing import unpack
 
 CONFIG = replace(tiny.CONFIG, d_model=256, d_head=64, n_heads=4, n_kv_heads=2, d_ff=512, n_layers=3)
