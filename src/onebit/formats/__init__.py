@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onebit.checkpoint import Checkpoint, Stored, codes, plan, rows
+from onebit.checkpoint import Checkpoint, Stored, codes, holds_codes, plan, rows
 from onebit.formats import gguf, hf, llama2c, native, run
-from onebit.formats.compare import Change, compare, holds_codes, kind_of
+from onebit.formats.compare import Change, compare, kind_of
 from onebit.formats.hf import hub
 from onebit.packing import Float32, Int8, from_bf16, to_bf16
 

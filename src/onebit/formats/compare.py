@@ -19,6 +19,7 @@ from onebit.checkpoint import (
     Stored,
     Tensor,
     codes,
+    holds_codes,
     part_name,
     rows,
 )
@@ -110,13 +111,6 @@ def kind_of(tensor: Tensor) -> str:
     if isinstance(tensor, Stored):
         return tensor.kind
     return tensor.encoding if isinstance(tensor, PackedTensor) else "F32"
-
-
-def holds_codes(tensor: Tensor) -> bool:
-    """Whether a tensor is stored as weight codes and scales."""
-    if isinstance(tensor, Stored):
-        return tensor.codes is not None
-    return isinstance(tensor, PackedTensor) and tensor.encoding not in ("bf16", "q8")
 
 
 def _is_by_definition(
