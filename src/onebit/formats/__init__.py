@@ -297,6 +297,8 @@ def _replace(unfinished: Path, dst: Path) -> None:
     if not unfinished.is_dir():
         os.replace(unfinished, dst)
         return
+    # It took a while: what came meanwhile is not lost either.
+    hf.check_replaceable(dst)
     hf.move_folder(unfinished, dst)
 
 
