@@ -46,6 +46,17 @@ def test_a_model_without_tokenizer_is_probed_with_token_ids():
     assert found.largest == 0 and found.n_tokens == tiny.CONFIG.max_seq_len // 2
 
 
+def test_another_tokenizer_is_seen():
+    packed = quantize(tiny.master())
+    # One that knows fewer words, and one whose texts begin with a token.
+    others = [replace(packed, tokenizer=tiny.tokenizer_json(300))]
+    others.append(replace(packed, config=replace(packed.config, bos_token=0)))
+    for other in others:
+        found = distance(packed, other)
+        assert found.largest == 0 and not found.same_tokens and "tokenizers differ" in found.describe()
+    assert distance(packed, packed).same_tokens
+
+
 def test_a_loss_must_be_allowed(folder):
     twin = tiny.master(tiny.config(weights="dense", activations="none"))
     formats.write(quantize(twin), folder / "twin.onebit")
