@@ -209,6 +209,11 @@ def convert(
             lost = "; ".join(change.describe() for change in report.losses)
             raise _lossy(dst, lost)
         _replace(unfinished, dst)
+    except OSError as error:
+        if error.filename != str(unfinished):
+            raise
+        # The file that the user asked for.
+        raise OSError(error.errno, error.strerror, str(dst)) from error
     finally:
         _remove(unfinished)
     return report._replace(made=read(dst))
