@@ -122,10 +122,9 @@ def distance(
     tokens = _probe(first)
     logits, texts = [], []
     for i, checkpoint in enumerate((first, second)):
-        # One model in memory at a time.
-        model = Model(quantize(checkpoint))
-        logits.append(_logits(model, tokens))
-        texts.append(_greedy(model, tokens[: len(tokens) // 4 or 1]))
+        found, text = _answers(checkpoint, tokens)
+        logits.append(found)
+        texts.append(text)
         progress("verifying", (i + 1) / 2)
     a, b = (_log_probabilities(values) for values in logits)
     kl = float((np.exp(a) * (a - b)).sum(axis=-1).mean())
@@ -157,6 +156,12 @@ def _has_same_tokens(first: Checkpoint, second: Checkpoint) -> bool:
     a, b = (Tokenizer(c.tokenizer, c.config.bos_token) for c in (first, second) if c.tokenizer is not None)
     tokens = a.encode(PROBE)
     return tokens == b.encode(PROBE) and a.decode(tokens) == b.decode(tokens)
+
+
+def _answers(checkpoint: Checkpoint, tokens: list[int]) -> tuple[Float32, list[int]]:
+    """Logits and a greedy text. The model is gone afterwards: one at a time fits into memory."""
+    model = Model(quantize(checkpoint))
+    return _logits(model, tokens), _greedy(model, tokens[: len(tokens) // 4 or 1])
 
 
 def _logits(model: Model, tokens: list[int]) -> Float32:
