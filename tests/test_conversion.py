@@ -1,5 +1,6 @@
 """Conversions, proven by running both models. Kinds: invariant (a copy answers the same), exact (losses are seen)."""
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,17 @@ def test_a_model_without_tokenizer_is_probed_with_token_ids():
     assert found.largest == 0 and found.n_tokens == tiny.CONFIG.max_seq_len // 2
 
 
+def test_another_tokenizer_is_seen():
+    packed = quantize(tiny.master())
+    # One that knows fewer words, and one whose texts begin with a token.
+    others = [replace(packed, tokenizer=tiny.tokenizer_json(300))]
+    others.append(replace(packed, config=replace(packed.config, bos_token=0)))
+    for other in others:
+        found = distance(packed, other)
+        assert found.largest == 0 and not found.same_tokens and "tokenizers differ" in found.describe()
+    assert distance(packed, packed).same_tokens
+
+
 def test_a_loss_must_be_allowed(folder):
     twin = tiny.master(tiny.config(weights="dense", activations="none"))
     formats.write(quantize(twin), folder / "twin.onebit")
@@ -67,6 +79,20 @@ def test_a_file_that_replaces_its_source_cannot_be_compared(folder):
     with pytest.raises(ValueError, match="choose another name"):
         convert(folder / "x.onebit", folder / "x.onebit", "r64", verify=True)
     assert (folder / "x.onebit").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["x.onebit", "x.gguf", "x"])
+def test_a_full_disk_is_told_by_the_name_that_was_asked_for(name, tmp_path, monkeypatch):
+    formats.run.write(tiny.master(tiny.config(d_model=256, d_head=64, d_ff=512)), tmp_path / "run")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        convert(tmp_path / "run", tmp_path / name, allow_lossy=True)
+    assert error.value.filename == str(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_source_that_breaks_half_way_leaves_nothing(folder, monkeypatch):

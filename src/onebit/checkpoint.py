@@ -318,6 +318,13 @@ def codes(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Int8, Float32
     return found.astype(np.int8), scale
 
 
+def holds_codes(tensor: Tensor) -> bool:
+    """Whether a tensor is stored as weight codes and scales; int8 rows are numbers."""
+    if isinstance(tensor, Stored):
+        return tensor.codes is not None
+    return isinstance(tensor, PackedTensor) and tensor.encoding not in HEADS
+
+
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     """Expand a packed model to float32 tensors, codes * scale. A master is returned as it is."""
     tensors: dict[str, Tensor] = {

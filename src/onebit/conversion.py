@@ -36,6 +36,8 @@ class Distance(NamedTuple):
         top1: share of positions where both have the same likeliest token.
         n_same: greedy tokens that are the same before the first that differs.
         n_greedy: greedy tokens that were compared.
+        same_tokens: whether both tokenizers make the same tokens of the probe, and of these the same text; also where
+            one of the models has none.
     """
 
     n_tokens: int
@@ -45,9 +47,15 @@ class Distance(NamedTuple):
     top1: float
     n_same: int
     n_greedy: int
+    same_tokens: bool
 
     def describe(self) -> str:
         """The distance in words."""
+        return self._of_answers() + (
+            "" if self.same_tokens else "; the tokenizers differ: a text gets other tokens"
+        )
+
+    def _of_answers(self) -> str:
         if self.largest == 0 and self.n_same == self.n_greedy:
             return f"all logits of {self.n_tokens} tokens and {self.n_greedy} greedy tokens are the same, bit for bit"
         before, after = self.perplexity
@@ -114,10 +122,9 @@ def distance(
     tokens = _probe(first)
     logits, texts = [], []
     for i, checkpoint in enumerate((first, second)):
-        # One model in memory at a time.
-        model = Model(quantize(checkpoint))
-        logits.append(_logits(model, tokens))
-        texts.append(_greedy(model, tokens[: len(tokens) // 4 or 1]))
+        found, text = _answers(checkpoint, tokens)
+        logits.append(found)
+        texts.append(text)
         progress("verifying", (i + 1) / 2)
     a, b = (_log_probabilities(values) for values in logits)
     kl = float((np.exp(a) * (a - b)).sum(axis=-1).mean())
@@ -130,6 +137,7 @@ def distance(
         top1=float((logits[0].argmax(-1) == logits[1].argmax(-1)).mean()),
         n_same=differing[0] if differing else len(texts[0]),
         n_greedy=len(texts[0]),
+        same_tokens=_has_same_tokens(first, second),
     )
 
 
@@ -140,6 +148,20 @@ def _probe(checkpoint: Checkpoint) -> list[int]:
     else:
         tokens = Tokenizer(checkpoint.tokenizer, config.bos_token).encode(PROBE)
     return [int(token) for token in tokens[: min(MAX_PROBE_TOKENS, config.max_seq_len // 2)]]
+
+
+def _has_same_tokens(first: Checkpoint, second: Checkpoint) -> bool:
+    if first.tokenizer is None or second.tokenizer is None:
+        return True
+    a, b = (Tokenizer(c.tokenizer, c.config.bos_token) for c in (first, second) if c.tokenizer is not None)
+    tokens = a.encode(PROBE)
+    return tokens == b.encode(PROBE) and a.decode(tokens) == b.decode(tokens)
+
+
+def _answers(checkpoint: Checkpoint, tokens: list[int]) -> tuple[Float32, list[int]]:
+    """Logits and a greedy text. The model is gone afterwards: one at a time fits into memory."""
+    model = Model(quantize(checkpoint))
+    return _logits(model, tokens), _greedy(model, tokens[: len(tokens) // 4 or 1])
 
 
 def _logits(model: Model, tokens: list[int]) -> Float32:

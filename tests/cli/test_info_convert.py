@@ -103,6 +103,19 @@ def test_info_shows_a_full_precision_twin(folder):
     assert rows(out)["encoding"] == ["bf16"] and "codes" not in rows(out)
 
 
+def test_info_shows_a_model_of_no_family(tmp_path, monkeypatch, capsys):
+    master = tiny.master(tiny.config(qk_norm=True))
+    formats.write(quantize(master), tmp_path / "x.onebit")
+    # As a reader of another format gives it.
+    monkeypatch.setattr(formats, "read", lambda path: master)
+    monkeypatch.setattr(formats, "is_native", lambda path: False)
+    monkeypatch.setattr("sys.argv", ["onebit", "info", str(tmp_path / "x.onebit")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "no other program has" in " ".join(shown.split())
+
+
 def test_info_shows_coded_rows(tmp_path):
     formats.write(tiny.coded(tiny.master(tiny.config(weights="b1", scale=16))), tmp_path / "x.onebit")
     code, out, _ = cli(tmp_path, "info", "x.onebit", "--verify")

@@ -43,6 +43,24 @@ def test_content_and_neighbours_count(model):
     assert len(list(cache.folder().glob("*"))) == 3
 
 
+def test_a_model_that_keeps_size_and_time_is_another_one(model):
+    kept, _ = cache.ready(model)
+    status = model.stat()
+    data = bytearray(model.read_bytes())
+    data[40] ^= 1
+    model.write_bytes(data)
+    os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert cache.ready(model)[0] != kept
+
+
+def test_neighbours_count_whatever_the_model_is_called(model):
+    model = model.rename(model.with_suffix(".model"))
+    kept, _ = cache.ready(model)
+    (model.parent / "tokenizer.bin").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"tokenizer\.bin"):
+        cache.ready(model)
+
+
 def test_a_damaged_copy_is_made_again(model):
     kept, _ = cache.ready(model)
     whole = kept.read_bytes()

@@ -53,8 +53,22 @@ def test_a_scale_is_found():
 def test_a_master_is_compared_with_what_it_was_trained_to_be():
     master = tiny.master()
     assert not any(change.is_lossy for change in compare(master, quantize(master)))
-    other = compare(tiny.master(seed=1), quantize(master))
-    assert {change.part: change for change in other}["linear"].n_codes > 1000
+    other = {change.part: change for change in compare(tiny.master(seed=1), quantize(master))}["linear"]
+    assert other.n_codes > 1000 and other.is_lossy
+
+
+def test_a_scale_that_is_rounded_besides_is_no_part_of_the_training():
+    master = tiny.master()
+    packed = quantize(master)
+    scale = np.float32(np.float16(packed.tensors[NAME].scale))
+    made = with_tensor(packed, NAME, packed.tensors[NAME]._replace(scale=scale))
+    linear = {change.part: change for change in compare(master, made)}["linear"]
+    assert linear.is_lossy and linear.n_codes == 0 and linear.worst_tensor == NAME
+
+
+def test_a_master_that_stays_one_is_the_same():
+    master = tiny.master()
+    assert not any(change.n_changed for change in compare(master, master))
 
 
 def test_other_shapes_are_refused():

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import tokenizers
 
 import tiny
 from onebit.checkpoint import Checkpoint, Stored, codes, quantize, rows
-from onebit.config import Activations
 from onebit.formats import hf, names, native, run, vocabulary
 from onebit.formats.hf import export, ternary
 from onebit.packing import from_bf16, to_bf16
@@ -20,7 +18,7 @@ from onebit.quant import dequantize
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 DENSE = replace(tiny.CONFIG, weights="dense", activations="none", sub_norm=False, activation="silu")
-WEIGHTS_ONLY = "a15" if "a15" in get_args(Activations) else "a8"
+WEIGHTS_ONLY = "a15"
 
 
 def bitnet(**changes) -> Checkpoint:

@@ -53,7 +53,7 @@ def test_what_is_asked_for(monkeypatch, tmp_path):
         lambda *args, **named: calls.append((args, named)) or str(tmp_path),
     )
     assert hub.download("owner/name@dev") == tmp_path
-    assert hub.download("owner/name:x.gguf", progress=False) == tmp_path
+    assert hub.download("owner/name:x.gguf") == tmp_path
     (args, named), file = calls
     assert args == ("owner/name",) and named["revision"] == "dev"
     listed = [

@@ -31,8 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def touch(checkpoint) -> None:
     """Read what a checkpoint holds, as a conversion would, if it is small."""
-    from onebit.checkpoint import codes, rows
-    from onebit.formats.compare import holds_codes
+    from onebit.checkpoint import codes, holds_codes, rows
 
     for name, tensor in list(checkpoint.tensors.items())[:32]:
         if tensor.shape[0] * (tensor.shape[1] if len(tensor.shape) > 1 else 1) > 1 << 20:

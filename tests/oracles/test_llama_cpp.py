@@ -141,7 +141,7 @@ def test_the_bounds_catch_a_wrong_order_of_rows(kind, tmp_path, monkeypatch):
     path = tmp_path / "x.gguf"
     gguf.write(model(kind, **PLAIN), path, kind)
     expected = Llama(path).logits(TOKENS)
-    monkeypatch.setattr(matrices, "_split_pairs", lambda values, d_head: values)
+    monkeypatch.setattr(matrices, "split_pairs", lambda values, d_head: values)
     found = ours(gguf.read(path), tmp_path).logits(TOKENS)
     assert distance(expected, found)[0] > 10 * BOUNDS[kind][0]
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,9 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
         for name, value in source.items():
             table.add_row(name, value if isinstance(value, str) else json.dumps(value))
     if not checkpoint.is_packed:
-        table.add_row("family", family(config))
+        # None has these flags together: it runs nevertheless, and below stands why it cannot leave.
+        with suppress(ValueError):
+            table.add_row("family", family(config))
     table.add_row("label", checkpoint.label)
     table.add_row("layers", f"{config.n_layers} of width {config.d_model}")
     table.add_row("feed-forward", f"width {config.d_ff}, {config.activation}")

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onebit.checkpoint import Checkpoint, Stored, codes, plan, rows
+from onebit.checkpoint import Checkpoint, Stored, codes, holds_codes, plan, rows
 from onebit.formats import gguf, hf, llama2c, native, run
-from onebit.formats.compare import Change, compare, holds_codes, kind_of
+from onebit.formats.compare import Change, compare, kind_of
 from onebit.formats.hf import hub
 from onebit.packing import Float32, Int8, from_bf16, to_bf16
 
@@ -217,6 +217,11 @@ def convert(
             lost = "; ".join(change.describe() for change in report.losses)
             raise _lossy(dst, lost)
         _replace(unfinished, dst)
+    except OSError as error:
+        if error.filename != str(unfinished):
+            raise
+        # The file that the user asked for.
+        raise OSError(error.errno, error.strerror, str(dst)) from error
     finally:
         _remove(unfinished)
     return report._replace(made=read(dst))
@@ -306,6 +311,8 @@ def _replace(unfinished: Path, dst: Path) -> None:
     if not unfinished.is_dir():
         os.replace(unfinished, dst)
         return
+    # It took a while: what came meanwhile is not lost either.
+    hf.check_replaceable(dst)
     hf.move_folder(unfinished, dst)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onebit import formats
-from onebit.formats import native
+from onebit.formats import llama2c, native
 from onebit.formats.files import write_file
 
 # A converter that gives other files gets another number.
@@ -54,7 +54,7 @@ def ready(
             return kept, None
         except ValueError:
             # Written by another version, or damaged: it is only a copy.
-            kept.unlink()
+            kept.unlink(missing_ok=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     report = formats.convert(path, kept, allow_lossy=True, progress=progress)
     return kept, report
@@ -75,15 +75,16 @@ def _files(path: Path) -> Iterator[Path]:
         yield from sorted(f for f in path.iterdir() if f.suffix in _TEXTS | _WEIGHTS and f.is_file())
         return
     yield path
-    if path.suffix == ".bin":
-        # A checkpoint of llama2.c has its tokenizer beside it.
+    if llama2c.is_model(path):
+        # Its tokenizer is beside it.
         yield from sorted(f for f in path.parent.glob("tok*.bin") if f != path)
 
 
 def _content(file: Path, progress: formats.Progress) -> str:
-    """The SHA-256 of a file, remembered for as long as its place, size and time stay the same."""
+    """The SHA-256 of a file, remembered for as long as its place, size and times stay the same."""
     status = file.resolve().stat()
-    seen = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    # A copy may keep the time of its original; nothing sets the other one back.
+    seen = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
     note = folder() / "hashes" / hashlib.sha256(seen.encode()).hexdigest()
     if note.is_file() and len(known := note.read_text("ascii")) == 64:
         return known

@@ -19,6 +19,7 @@ from onebit.checkpoint import (
     Stored,
     Tensor,
     codes,
+    holds_codes,
     part_name,
     rows,
 )
@@ -37,8 +38,8 @@ class Change:
         n_weights: weights in it.
         source: what they were stored as, as "BF16" or "I2_S".
         made: what they are stored as now.
-        by_definition: rounding them is what the model means: it was trained to be rounded so.
-        n_changed: weights whose value differs.
+        by_definition: rounding is all that happened, and what the model means: it was trained to be rounded so.
+        n_changed: weights whose value differs, of a master from the one that it is rounded to.
         n_codes: weights whose sign, or being zero, differs.
         worst: largest difference, in units of the largest magnitude of its tensor.
         scale_ratio: smallest and largest ratio of weights after to before, where neither is zero.
@@ -91,14 +92,14 @@ def compare(source: Checkpoint, made: Checkpoint, progress: Progress = lambda n:
     for name in names:
         before, after = source.tensors[name], made.tensors[name]
         part = part_name(name, source.config)
-        change = changes.setdefault(part, Change(part))
+        change = changes.setdefault(part, Change(part, by_definition=True))
         seen = kinds.setdefault(part, (set(), set()))
         for kind, tensor in zip(seen, (before, after), strict=True):
             kind.add(kind_of(tensor))
         change.n_weights += math.prod(names[name])
-        change.by_definition |= _is_by_definition(name, before, source.config, made)
         _compare(change, name, before, after, source.config, made.config)
         progress(math.prod(names[name]))
+        change.by_definition &= _is_by_definition(name, before, change, source.config, made)
     for part, change in changes.items():
         change.source, change.made = (", ".join(sorted(kind)) for kind in kinds[part])
     order = ("embedding", "linear", "norms", "head")
@@ -112,16 +113,12 @@ def kind_of(tensor: Tensor) -> str:
     return tensor.encoding if isinstance(tensor, PackedTensor) else "F32"
 
 
-def holds_codes(tensor: Tensor) -> bool:
-    """Whether a tensor is stored as weight codes and scales."""
-    if isinstance(tensor, Stored):
-        return tensor.codes is not None
-    return isinstance(tensor, PackedTensor) and tensor.encoding not in ("bf16", "q8")
-
-
-def _is_by_definition(name: str, before: Tensor, config: ModelConfig, made: Checkpoint) -> bool:
+def _is_by_definition(
+    name: str, before: Tensor, change: Change, config: ModelConfig, made: Checkpoint
+) -> bool:
     if config.is_linear(name) and config.weights != "dense":
-        return not holds_codes(before)
+        # What still differs after the rounding is no part of it.
+        return not holds_codes(before) and not change.n_changed
     # A master of ours was trained to be packed.
     return isinstance(before, np.ndarray) and made.is_packed and made.config.weights == config.weights
 
@@ -133,7 +130,8 @@ def _compare(
     is_linear = config.is_linear(name)
     if is_linear and config.weights != "dense":
         old_codes, old_scale = codes(name, before, config)
-        if made.weights == config.weights and holds_codes(after):
+        # Of a master that stays one, the codes that it is rounded to are compared.
+        if made.weights == config.weights:
             new_codes, new_scale = codes(name, after, made)
             if np.array_equal(old_codes, new_codes) and np.array_equal(old_scale, new_scale):
                 return

@@ -6,15 +6,15 @@ checkpoint = read("stories260K.bin")        # and its tok512.bin or tokenizer.bi
 import math
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from onebit.checkpoint import Checkpoint, Stored
 from onebit.config import ModelConfig
 from onebit.formats import vocabulary
 from onebit.formats.files import read_bytes
 from onebit.formats.floats import in_file
+from onebit.formats.rotary import split_pairs, whole_heads
 from onebit.formats.tensors import named
 from onebit.packing import Float32
 
@@ -113,19 +113,15 @@ def _tensors(path: Path, config: ModelConfig) -> dict[str, Stored]:
         tensors["head.weight"] = in_file(path, at, "F32", shapes["head.weight"])
     for i in range(config.n_layers):
         for name in (f"layers.{i}.q.weight", f"layers.{i}.k.weight"):
-            tensors[name] = halves(tensors[name], config.d_head)
+            tensors[name] = _split(tensors[name], config.d_head)
     return {name: tensors[name] for name in shapes}
 
 
-def halves(tensor: Stored, d_head: int) -> Stored:
-    """A query or key matrix whose rotary pairs lie side by side, with the first of all pairs before the second."""
-    n = tensor.shape[0]
-    order = np.arange(n).reshape(-1, d_head // 2, 2).transpose(0, 2, 1).reshape(n)
+def _split(tensor: Stored, d_head: int) -> Stored:
+    """A query or key matrix in our order."""
 
     def rows(begin: int, end: int) -> Float32:
-        # Whole heads around what is asked for: the rows of a head stay in it.
-        first, last = begin // d_head * d_head, -(-end // d_head) * d_head
-        picked: Float32 = tensor.rows(first, last)[order[begin:end] - first]
-        return picked
+        first, last = whole_heads(begin, end, d_head)
+        return split_pairs(tensor.rows(first, last), d_head)[begin - first : end - first]
 
-    return Stored(tensor.shape, tensor.kind, tensor.n_bytes, rows)
+    return replace(tensor, rows=rows)

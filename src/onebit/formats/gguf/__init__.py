@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from onebit.checkpoint import LINEAR_ENCODINGS, Checkpoint, Stored, Tensor
+from onebit.checkpoint import Checkpoint, Tensor, holds_codes
 from onebit.config import Activations, ModelConfig
 from onebit.formats import names, vocabulary
 from onebit.formats.families import family
@@ -26,7 +26,7 @@ from onebit.formats.gguf.blocks import BLOCKS, SCHEMES, Block
 from onebit.formats.gguf.container import Header, Place
 from onebit.formats.gguf.matrices import Source, pieces
 from onebit.formats.tensors import named, raw, shorten
-from onebit.packing import Float32, PackedTensor
+from onebit.packing import Float32
 from onebit.quant import Granularity
 
 # What `write` makes; Q2_0_128 is the Q2_0 of the PrismML fork, which llama.cpp takes for a damaged file.
@@ -264,15 +264,14 @@ def _with_weights(
     scale: Granularity = "row" if "row" in shared else "tensor"
     if not shared <= {"tensor", "row"}:
         scale = min(source.block.weights for source in linear)
-    activations: Any = "a8"
     said = metadata.get(_ACTIVATIONS)
     if isinstance(said, str) and said in get_args(Activations) and said != "none":
         activations = said
-    elif not architecture.startswith("bitnet") and "I2_S" not in kinds:
+    else:
         # One scale for a tensor is how models are made whose activations are rounded too.
         is_rounded = scale == "tensor" and kinds.keys() <= {"TQ1_0", "TQ2_0"}
-        if not is_rounded and _WEIGHT_ONLY in get_args(Activations):
-            activations = _WEIGHT_ONLY
+        is_bitnet = architecture.startswith("bitnet") or "I2_S" in kinds
+        activations = "a8" if is_bitnet or is_rounded else _WEIGHT_ONLY
     return replace(config, weights=scheme, activations=activations, scale=scale)  # type: ignore[arg-type]
 
 
@@ -322,16 +321,7 @@ def _block_for(name: str, tensor: Tensor, config: ModelConfig, kind: str) -> Blo
         return BLOCKS["F32"]
     if config.is_linear(name) or kind in FLOATS:
         return BLOCKS[kind]
-    if isinstance(tensor, Stored):
-        has_codes = tensor.codes is not None
-    else:
-        # Packed rows have a scale each.
-        has_codes = (
-            isinstance(tensor, PackedTensor)
-            and tensor.encoding in LINEAR_ENCODINGS[config.weights]
-            and kind != "I2_S"
-        )
-    return BLOCKS[kind if has_codes else width_of(tensor)]
+    return BLOCKS[kind if holds_codes(tensor) else width_of(tensor)]
 
 
 def _metadata(checkpoint: Checkpoint, architecture: str, kind: str) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """Tensors of a GGUF file: their rows, codes and scales in our order, and the bytes of ours in theirs.
 
-    source = Source(path, "blk.0.attn_q.weight", place, factor, heads)
-    source.rows(0, 64), source.codes("tensor")
-    pieces("layers.0.q.weight", tensor, config, BLOCKS["TQ2_0"], heads)     # bytes, one chunk after the other
-
-Of a head with d rows, rotary positions turn the rows j and j + d / 2 as a pair here, and 2 j and 2 j + 1 in files of
-the architecture llama.
+source = Source(path, "blk.0.attn_q.weight", place, factor, heads)
+source.rows(0, 64), source.codes("tensor")
+pieces("layers.0.q.weight", tensor, config, BLOCKS["TQ2_0"], heads)     # bytes, one chunk after the other
 """
 
 import math
@@ -13,10 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from onebit import quant
 from onebit.checkpoint import Stored, Tensor, codes, rows
@@ -26,6 +21,7 @@ from onebit.formats.floats import encode
 from onebit.formats.gguf import blocks
 from onebit.formats.gguf.blocks import SCHEMES, Block
 from onebit.formats.gguf.container import Place
+from onebit.formats.rotary import join_pairs, split_pairs, whole_heads
 from onebit.formats.tensors import named, raw
 from onebit.packing import Float32, Int8, UInt8
 
@@ -94,12 +90,12 @@ class Source:
         """
         # Rows of a head are mixed, so whole heads are read.
         unit = self.place.shape[0] // self.heads if self.heads else 1
-        first, last = begin // unit * unit, -(-end // unit) * unit
+        first, last = whole_heads(begin, end, unit)
         values = np.empty((last - first, *self.place.shape[1:]), np.float32)
         for start, stop, data in self._chunks(first, last):
             made = self._numbers(data, start).reshape(stop - start, *self.place.shape[1:])
             values[start - first : stop - first] = made
-        return _split_pairs(values, unit)[begin - first : end - first]
+        return split_pairs(values, unit)[begin - first : end - first]
 
     def codes(self, granularity: quant.Granularity) -> tuple[Int8, Float32]:
         """Weight codes and scales.
@@ -121,7 +117,7 @@ class Source:
             part, d = self._split(data, start)
             found[start:stop], scale[start:stop] = part.reshape(-1, k), d.reshape(-1, self.row_blocks)
         unit = n // self.heads if self.heads else 1
-        found, scale = _split_pairs(found, unit), _split_pairs(scale, unit)
+        found, scale = split_pairs(found, unit), split_pairs(scale, unit)
         is_live = found.reshape(n, self.row_blocks, -1).any(axis=2)
         largest = scale.max(where=is_live, initial=0) or scale.max() or np.float32(1)
         if granularity == "tensor":
@@ -221,8 +217,8 @@ def pieces(
     if block.name in SCHEMES:
         found, scale = codes(name, tensor, config)
         for start in starts:
-            part = _join_pairs(found[start : start + step], unit)
-            d = _join_pairs(_of_blocks(scale, start, len(part), k // block.weights), unit)
+            part = join_pairs(found[start : start + step], unit)
+            d = join_pairs(_of_blocks(scale, start, len(part), k // block.weights), unit)
             with _blame(name):
                 yield raw(blocks.join(part.reshape(-1, block.weights), d.reshape(-1), block))
         if block.tail:
@@ -232,10 +228,10 @@ def pieces(
         for start in starts:
             part = found[start : start + step].astype(np.float32)
             w = quant.dequantize(part, scale if scale.shape == (1,) else scale[start : start + step])
-            yield _encoded(name, _join_pairs(w, unit), block)
+            yield _encoded(name, join_pairs(w, unit), block)
     else:
         for start in starts:
-            yield _encoded(name, _join_pairs(rows(name, tensor, start, start + step), unit), block)
+            yield _encoded(name, join_pairs(rows(name, tensor, start, start + step), unit), block)
 
 
 def _encoded(name: str, values: Float32, block: Block) -> Buffer:
@@ -254,20 +250,6 @@ def _of_blocks(scale: Float32, start: int, n: int, row_blocks: int) -> Float32:
         return np.full((n, row_blocks), scale[0])
     part = scale[start : start + n].reshape(n, -1)
     return np.repeat(part, row_blocks // part.shape[1], axis=1)
-
-
-def _split_pairs(values: npt.NDArray[Any], d_head: int) -> npt.NDArray[Any]:
-    """Rows of whole heads whose pairs are neighbours, so that pairs are the halves of a head."""
-    if d_head == 1:
-        return values
-    return values.reshape(-1, d_head // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
-def _join_pairs(values: npt.NDArray[Any], d_head: int) -> npt.NDArray[Any]:
-    """The inverse of `_split_pairs`."""
-    if d_head == 1:
-        return values
-    return values.reshape(-1, 2, d_head // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 @contextmanager

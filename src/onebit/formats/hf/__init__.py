@@ -11,7 +11,6 @@ lowest bits up.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 
@@ -205,8 +204,7 @@ def _with_scheme(
         exact = ternary.detect([t.rows for t in first], [(t.shape[0], t.shape[1]) for t in first])
     if exact:
         # Nobody rounds the activations of such a model, unless it is a BitNet.
-        has_a15 = "a15" in get_args(Activations) and not description.is_master
-        activations: Any = "a15" if has_a15 else "a8"
+        activations: Activations = "a8" if description.is_master else "a15"
         config = replace(config, weights=exact.weights, activations=activations, scale=exact.scale)
         coded = {name: _with_codes(tensors[name], stored[name], exact) for name in linear}
         return config, {**stored, **coded}, "part of the weights"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onebit.checkpoint import BLOCK_ROWS, Checkpoint, Stored, Tensor, codes, rows
+from onebit.checkpoint import BLOCK_ROWS, Checkpoint, Tensor, codes, holds_codes, rows
 from onebit.config import ModelConfig
 from onebit.formats import names
 from onebit.formats import tensors as container
@@ -23,7 +23,7 @@ from onebit.formats.floats import encode, width_of
 from onebit.formats.hf import config_json, tokenizer_files
 from onebit.formats.hf.shards import CONFIG, INDEX, MODEL, is_model
 from onebit.formats.tensors import Json, shorten
-from onebit.packing import Float32, Int8, PackedTensor, UInt8, from_bf16, to_bf16
+from onebit.packing import Float32, Int8, UInt8, from_bf16, to_bf16
 from onebit.quant import dequantize
 
 KINDS = ("packed", "dense")
@@ -175,7 +175,7 @@ def _quantization(checkpoint: Checkpoint, kind: str) -> Json | None:
                 raise ValueError(
                     f"{name} has {n} rows; packed BitNets need a multiple of 4: write a dense one, or a .onebit file"
                 )
-    elif not is_absmean or _has_codes(checkpoint):
+    elif not is_absmean or holds_codes(checkpoint.tensors["layers.0.q.weight"]):
         return None
     else:
         mode = "online"
@@ -185,14 +185,6 @@ def _quantization(checkpoint: Checkpoint, kind: str) -> Json | None:
         "quantization_mode": mode,
         "modules_to_not_convert": ["lm_head"],
     }
-
-
-def _has_codes(checkpoint: Checkpoint) -> bool:
-    """Whether the linear layers are codes already, and no master."""
-    tensor = checkpoint.tensors["layers.0.q.weight"]
-    if isinstance(tensor, Stored):
-        return tensor.codes is not None
-    return isinstance(tensor, PackedTensor) and tensor.encoding != "bf16"
 
 
 def _form(checkpoint: Checkpoint, kind: str, quantization: Json | None) -> _Form:

@@ -33,12 +33,11 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not Path(text).exists()
 
 
-def download(text: str, progress: bool = True) -> Path:
-    """Fetch a model, or what the cache lacks of it.
+def download(text: str) -> Path:
+    """Fetch a model, or what the cache lacks of it; bars on stderr show how far it is.
 
     Args:
         text: "owner/name", "owner/name@revision" or "owner/name:file.gguf".
-        progress: show bars on stderr.
 
     Returns:
         The folder of the snapshot, or the file.
@@ -51,15 +50,7 @@ def download(text: str, progress: bool = True) -> Path:
     # Here and not above: it is slow to import, and only what comes from the hub needs it.
     import huggingface_hub
     from huggingface_hub import errors
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
-    silenced = not progress and not are_progress_bars_disabled()
-    if silenced:
-        disable_progress_bars()
     try:
         if asked.file:
             return Path(huggingface_hub.hf_hub_download(asked.repo, asked.file, revision=asked.revision))
@@ -96,9 +87,6 @@ def download(text: str, progress: bool = True) -> Path:
     except Exception as error:
         # Of the libraries below the hub's: timeouts, broken connections, damaged caches.
         raise OSError(f"{text}: cannot be fetched ({_reason(error)}); try again") from None
-    finally:
-        if silenced:
-            enable_progress_bars()
 
 
 def _parse(text: str) -> _Id:
