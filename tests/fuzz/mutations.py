@@ -32,6 +32,10 @@ NAMES = (
 # Far beyond what a seed takes: what a change makes larger than this is cut.
 MAX_DATA = 1 << 15
 
+# What comes of taking apart a file that was damaged before.
+_UNREADABLE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, RecursionError, MemoryError,
+)  # fmt: skip
 _MARK = re.compile(rb"\n--8<-- ([A-Za-z0-9_.]{1,40})\n")
 _INTS = (0, 1, 2, 3, 4, 7, 8, 16, 31, 64, 255, 256, 2**15, 2**24 - 1, 2**24, 2**31 - 1, 2**31, 2**32, 2**53, 2**62,
          2**63 - 1, 2**63, 2**64 - 1, 10**30, 10**400)  # fmt: skip
@@ -111,7 +115,7 @@ def _mutator(name: str) -> Callable[[bytes, Random], bytes]:
     def careful(data: bytes, random: Random) -> bytes:
         try:
             return change(data, random)
-        except (ValueError, IndexError, KeyError, TypeError, struct.error, RecursionError, OverflowError):
+        except _UNREADABLE:
             return some_bytes(data, random)
 
     kinds: dict[str, Callable[[bytes, Random], bytes]] = {
@@ -609,7 +613,7 @@ def _resize(files: dict[str, bytes], random: Random) -> dict[str, bytes] | None:
                 for tensor in parts.tensors:
                     tensor[1] = [new if size == old else size for size in tensor[1]]
                 resized[name] = put_gguf(parts, relay=True)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
+    except _UNREADABLE:
         return None
     return resized
 

@@ -1,4 +1,4 @@
-"""Fuzzes the readers of models: `make fuzz`. Allowed is a model that runs, or an error of one line; nothing else, and soon.
+"""Fuzzes the readers of models: `make fuzz`. Allowed is a model that runs, or an error of one line; and soon.
 
     python tests/fuzz/readers.py --minutes 10 [--only gguf]
     python tests/fuzz/readers.py --only gguf build/fuzz/gguf/crash-...     # once more what was found

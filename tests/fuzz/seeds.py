@@ -1,4 +1,4 @@
-"""Small valid models and vocabularies of every kind, for a fuzzer to start from: a bundle of files each, a few kilobytes."""
+"""Small valid models and vocabularies of every kind, for a fuzzer to start from: bundles of a few kilobytes."""
 
 import base64
 import json
