@@ -76,8 +76,14 @@ class RopeScaling:
         names = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
         for name in [*names, *(["attention_factor"] if self.attention_factor is not None else [])]:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**31:
-                raise ValueError(f"rope_scaling: {name} is {_shown(value)}; expected a positive number")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 2.0**-31 < value < 2.0**31
+            ):
+                raise ValueError(
+                    f"rope_scaling: {name} is {_shown(value)}; expected a positive number, no tiny or huge one"
+                )
         if self.factor < 1:
             raise ValueError(f"rope_scaling: factor is {_shown(self.factor)}; expected at least 1")
         original = self.original_max_position_embeddings
@@ -157,7 +163,7 @@ class RopeScaling:
             try:
                 above, below = (0.1 * float(scale) * math.log(scaling.factor) + 1 for scale in scales)
                 return replace(scaling, attention_factor=above / below)
-            except (TypeError, ValueError, ZeroDivisionError):
+            except (TypeError, ValueError, ArithmeticError):
                 raise ValueError("rope_scaling: expected mscale and mscale_all_dim to be numbers") from None
         return scaling
 
@@ -244,8 +250,14 @@ class ModelConfig:
                 )
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**127:
-                raise ValueError(f"config: {name} is {_shown(value)}; expected a positive number")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 2.0**-126 <= value < 2.0**127
+            ):
+                raise ValueError(
+                    f"config: {name} is {_shown(value)}; expected a positive number, not below 2^-126"
+                )
         if self.rope_theta < 1:
             raise ValueError(f"config: rope_theta is {_shown(self.rope_theta)}; expected at least 1")
         if not isinstance(self.rope_scaling, RopeScaling | None):
@@ -270,7 +282,9 @@ class ModelConfig:
             )
         for name, (_, k) in self.linear_shapes().items():
             if k % self.scale:
-                raise ValueError(f"config: scale group {self.scale} does not divide the {k} inputs of {name}")
+                raise ValueError(
+                    f"config: scale group {_shown(self.scale)} does not divide the {k} inputs of {name}"
+                )
 
     def _check_tokens(self) -> None:
         tokens = (*self.eos_tokens, *(() if self.bos_token is None else (self.bos_token,)))

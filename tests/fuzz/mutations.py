@@ -301,6 +301,9 @@ def _put_safetensors(
             if key == "__metadata__":
                 continue
             fields = dict(value)
+            # A product with a text or a list is a very long one.
+            if not all(type(size) is int for size in fields["shape"]):
+                raise ValueError("no sizes")
             n = container.ITEM_BYTES[fields["dtype"]] * math.prod(fields["shape"])
             piece = _fill(tensors.get(key, b""), min(max(n, 0), MAX_DATA))
             fields["data_offsets"] = [at, at + n]

@@ -29,9 +29,10 @@ SECONDS_PER_INPUT = 10
 MEMORY_MB = 2048
 MAX_INPUT = 1 << 16
 MAX_MESSAGE = 600
-# Weights up to which a model is also run, and of how many accepted models one is.
+# Weights up to which a model is also run or converted, and of how many accepted models one is.
 MAX_WEIGHTS = 1 << 17
 RUN_ONE_OF = 4
+CONVERT_ONE_OF = 16
 
 # This tree first, wherever the package is installed.
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -127,12 +128,34 @@ def run_model(checkpoint: Any) -> None:
     """Pack a small model, and ask it for two tokens and, if it has words, for those of a text."""
     from onebit.llm import LLM
 
-    if sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) > MAX_WEIGHTS:
-        return
     llm = LLM(checkpoint, threads=1, huge_pages=False)
     llm.logits([0, 1])
     if checkpoint.tokenizer is not None:
         llm.logits("ab a")
+
+
+def convert(checkpoint: Any, folder: Path) -> None:
+    """Write a small model in every format that takes it, and read it again: none refuses what it wrote."""
+    from onebit.formats import gguf, hf, native
+    from onebit.formats.compare import compare
+
+    # What is wrong with the values, or cannot be written, is said here.
+    targets: list[tuple[Any, str | None]] = [(native, None)]
+    for module in (gguf, hf):
+        targets += [
+            (module, kind) for kind, refusal in module.refusals(checkpoint).items() if refusal is None
+        ]
+    for module, kind in targets:
+        path = folder / f"made-{module.__name__}-{kind}"
+        try:
+            module.write(checkpoint, path, *([] if kind is None else [kind]))
+        except ValueError as error:
+            _checked(error, folder)
+            continue
+        try:
+            compare(checkpoint, module.read(path))
+        except ValueError as error:
+            raise AssertionError(f"{module.__name__} {kind} was written, but: {error}") from error
 
 
 def outcome(name: str, data: bytes, folder: Path, always: bool = False) -> str | None:
@@ -142,7 +165,7 @@ def outcome(name: str, data: bytes, folder: Path, always: bool = False) -> str |
         name: of the reader.
         data: a bundle of files.
         folder: what is in it is removed.
-        always: run every model that is read, not some.
+        always: run and convert every model that is read, not some.
 
     Raises:
         BaseException: whatever a reader may not raise.
@@ -151,7 +174,7 @@ def outcome(name: str, data: bytes, folder: Path, always: bool = False) -> str |
     from fuzz.mutations import unbundle
 
     for path in folder.iterdir():
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         checkpoint = READERS[name](unbundle(data), folder)
     except (ValueError, OSError) as error:
@@ -160,8 +183,13 @@ def outcome(name: str, data: bytes, folder: Path, always: bool = False) -> str |
         return None
     try:
         touch(checkpoint)
-        if always or zlib.crc32(data) % RUN_ONE_OF == 0:
+        if sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) > MAX_WEIGHTS:
+            return None
+        chance = zlib.crc32(data)
+        if always or chance % RUN_ONE_OF == 0:
             run_model(checkpoint)
+        if always or chance % CONVERT_ONE_OF == 0:
+            convert(checkpoint, folder)
     except (ValueError, OSError, MemoryError) as error:
         return _checked(error, folder)
     return None

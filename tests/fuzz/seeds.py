@@ -286,9 +286,9 @@ def _vocabularies(folder: Path) -> dict[str, dict[str, bytes]]:
         },
         "mapped": {
             "tokenizer.model": tiny.sentencepiece_model(pieces, **options)
-            # A trie of one unit and no texts, as the map of characters.
-            + b"\x1a\x0a\x12\x08\x04\x00\x00\x00"
-            + bytes(4)
+            # A map of characters that changes none: a trie of 256 units that lead nowhere.
+            + b"\x1a\x87\x08\x12\x84\x08\x00\x04\x00\x00"
+            + bytes(1024)
         },
         "gpt2": {"vocab.json": json.dumps(parsed["vocab"]).encode(), "merges.txt": merges.encode()},
         "json": {"tokenizer.json": tokenizer()},
