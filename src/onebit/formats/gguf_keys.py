@@ -302,8 +302,8 @@ def _check_told(config: ModelConfig, scaling: RopeScaling) -> None:
     if not np.allclose(found, _factors(config, told), rtol=1e-4, atol=0):
         raise ValueError(
             f"a GGUF file has the divisors of llama3 positions alone, and factor {scaling.factor:g} with "
-            f"low_freq_factor {scaling.low_freq_factor:g} and high_freq_factor {scaling.high_freq_factor:g} cannot be told from them; "
-            "keep the model as a .onebit file"
+            f"low_freq_factor {scaling.low_freq_factor:g} and high_freq_factor {scaling.high_freq_factor:g} cannot be "
+            "told from them; keep the model as a .onebit file"
         )
 
 
