@@ -280,7 +280,11 @@ def rows(name: str, tensor: Tensor, begin: int = 0, end: int | None = None) -> F
     """
     end = tensor.shape[0] if end is None else min(end, tensor.shape[0])
     if isinstance(tensor, PackedTensor):
-        return _packed_rows(tensor, begin, end)
+        values = _packed_rows(tensor, begin, end)
+        # Codes times scales are finite; the bytes of bf16 rows were not read before.
+        if tensor.encoding == "bf16":
+            _check_dense(name, values, values.shape)
+        return values
     if not isinstance(tensor, Stored):
         return tensor if (begin, end) == (0, len(tensor)) else tensor[begin:end]
     values = tensor.rows(begin, end)
@@ -573,5 +577,8 @@ def _check_packed(
         found = f"{scale.dtype} {list(scale.shape)}"
         raise ValueError(f"tensor {name}: scale is {found}; expected float32 {list(expected_scale)}")
     _check_scale(name, scale)
+    # An int8 row may hold -128, and the product has to be a number too.
+    if tensor.encoding == ROW_ENCODING and (scale > np.finfo(np.float32).max / 128).any():
+        raise ValueError(f"tensor {name}: a scale is too large for its codes; the file is damaged")
     if tensor.encoding == "bf16" and scale[0] != 1:
         raise ValueError(f"tensor {name}: the scale of bf16 is {scale[0]}; expected 1")

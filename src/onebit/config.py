@@ -18,6 +18,15 @@ FfnActivation = Literal["silu", "relu2"]
 RopeType = Literal["linear", "llama3", "yarn"]
 
 
+def _shown(value: object) -> str:
+    """A value of unknown origin as a short piece of ASCII: a message is one line."""
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary positions are stretched beyond the context that a model was first trained on.
@@ -61,18 +70,26 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in get_args(RopeType):
             expected = ", ".join(get_args(RopeType))
-            raise ValueError(f"rope_scaling: rope_type is {self.rope_type!r}; expected one of {expected}")
+            raise ValueError(
+                f"rope_scaling: rope_type is {_shown(self.rope_type)}; expected one of {expected}"
+            )
         names = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
         for name in [*names, *(["attention_factor"] if self.attention_factor is not None else [])]:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**31:
-                raise ValueError(f"rope_scaling: {name} is {value!r}; expected a positive number")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 2.0**-31 < value < 2.0**31
+            ):
+                raise ValueError(
+                    f"rope_scaling: {name} is {_shown(value)}; expected a positive number, no tiny or huge one"
+                )
         if self.factor < 1:
-            raise ValueError(f"rope_scaling: factor is {self.factor!r}; expected at least 1")
+            raise ValueError(f"rope_scaling: factor is {_shown(self.factor)}; expected at least 1")
         original = self.original_max_position_embeddings
         if self.rope_type != "linear" and (type(original) is not int or not 0 < original < 2**24):
             raise ValueError(
-                f"rope_scaling: original_max_position_embeddings is {original!r}; {self.rope_type} needs the "
+                f"rope_scaling: original_max_position_embeddings is {_shown(original)}; {self.rope_type} needs the "
                 "context that the model was first trained on, a whole number of tokens"
             )
         if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
@@ -80,7 +97,7 @@ class RopeScaling:
                 "rope_scaling: expected low_freq_factor < high_freq_factor and beta_slow < beta_fast"
             )
         if not isinstance(self.truncate, bool):
-            raise ValueError(f"rope_scaling: truncate is {self.truncate!r}; expected true or false")
+            raise ValueError(f"rope_scaling: truncate is {_shown(self.truncate)}; expected true or false")
 
     def stretch(self, frequencies: list[float], theta: float) -> list[float]:
         """The frequencies of all pairs of a head, made slower."""
@@ -117,7 +134,7 @@ class RopeScaling:
             ValueError: a type that cannot be served, or a missing, unknown or impossible value.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"config: rope_scaling is {values!r}; expected a table")
+            raise ValueError(f"config: rope_scaling is {_shown(values)}; expected a table")
         values = dict(values)
         # Older files say type, and some say both.
         kind = values.pop("type", None)
@@ -138,7 +155,7 @@ class RopeScaling:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(f"rope_scaling: unknown field {name!r}; expected {', '.join(known)}")
+                raise ValueError(f"rope_scaling: unknown field {_shown(name)}; expected {', '.join(known)}")
         if "factor" not in values:
             raise ValueError("rope_scaling: factor is missing")
         scaling = cls(**values)
@@ -146,7 +163,7 @@ class RopeScaling:
             try:
                 above, below = (0.1 * float(scale) * math.log(scaling.factor) + 1 for scale in scales)
                 return replace(scaling, attention_factor=above / below)
-            except (TypeError, ValueError, ZeroDivisionError):
+            except (TypeError, ValueError, ArithmeticError):
                 raise ValueError("rope_scaling: expected mscale and mscale_all_dim to be numbers") from None
         return scaling
 
@@ -218,7 +235,9 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**24:
-                raise ValueError(f"config: {name} is {value!r}; expected a whole number from 1 to 2^24 - 1")
+                raise ValueError(
+                    f"config: {name} is {_shown(value)}; expected a whole number from 1 to 2^24 - 1"
+                )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config: n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
         if self.d_head % 2:
@@ -226,18 +245,28 @@ class ModelConfig:
         for name, kind in (("activation", FfnActivation), ("weights", Weights), ("activations", Activations)):
             value = getattr(self, name)
             if value not in get_args(kind):
-                raise ValueError(f"config: {name} is {value!r}; expected one of {', '.join(get_args(kind))}")
+                raise ValueError(
+                    f"config: {name} is {_shown(value)}; expected one of {', '.join(get_args(kind))}"
+                )
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**127:
-                raise ValueError(f"config: {name} is {value!r}; expected a positive number")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 2.0**-126 <= value < 2.0**127
+            ):
+                raise ValueError(
+                    f"config: {name} is {_shown(value)}; expected a positive number, not below 2^-126"
+                )
         if self.rope_theta < 1:
-            raise ValueError(f"config: rope_theta is {self.rope_theta!r}; expected at least 1")
+            raise ValueError(f"config: rope_theta is {_shown(self.rope_theta)}; expected at least 1")
         if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise ValueError(f"config: rope_scaling is {self.rope_scaling!r}; expected a RopeScaling or None")
+            raise ValueError(
+                f"config: rope_scaling is {_shown(self.rope_scaling)}; expected a RopeScaling or None"
+            )
         for name in ("sub_norm", "qk_norm", "qkv_bias", "tied_head"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected true or false")
+                raise ValueError(f"config: {name} is {_shown(getattr(self, name))}; expected true or false")
         if (self.weights == "dense") != (self.activations == "none"):
             found = f"weights {self.weights} with activations {self.activations}"
             raise ValueError(f"config: {found}; dense weights go with activations none, and no others do")
@@ -249,18 +278,20 @@ class ModelConfig:
             return
         if type(self.scale) is not int or self.scale < 1 or self.scale % 16:
             raise ValueError(
-                f"config: scale is {self.scale!r}; expected 'tensor', 'row' or a multiple of 16 inputs"
+                f"config: scale is {_shown(self.scale)}; expected 'tensor', 'row' or a multiple of 16 inputs"
             )
         for name, (_, k) in self.linear_shapes().items():
             if k % self.scale:
-                raise ValueError(f"config: scale group {self.scale} does not divide the {k} inputs of {name}")
+                raise ValueError(
+                    f"config: scale group {_shown(self.scale)} does not divide the {k} inputs of {name}"
+                )
 
     def _check_tokens(self) -> None:
         tokens = (*self.eos_tokens, *(() if self.bos_token is None else (self.bos_token,)))
         for token in tokens:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"config: special token {token!r} is outside the vocabulary of {self.vocab_size}"
+                    f"config: special token {_shown(token)} is outside the vocabulary of {self.vocab_size}"
                 )
 
     @property
@@ -342,14 +373,14 @@ class ModelConfig:
             if name not in known:
                 near = get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"config: unknown field {name!r}{hint}")
+                raise ValueError(f"config: unknown field {_shown(name)}{hint}")
         missing = [f.name for f in known.values() if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"config: {', '.join(missing)} missing")
         values = dict(values)
         eos = values.get("eos_tokens", ())
         if not isinstance(eos, (list, tuple)):
-            raise ValueError(f"config: eos_tokens is {eos!r}; expected a list of token ids")
+            raise ValueError(f"config: eos_tokens is {_shown(eos)}; expected a list of token ids")
         values["eos_tokens"] = tuple(eos)
         if values.get("rope_scaling") is not None:
             values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])

@@ -217,7 +217,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "tokenizer with odd ids": (text("tokenizer.json", '{"model": {"vocab": {"a": 1.5}}}'), "no vocabulary"),
     "tokenizer too large": (
         text("tokenizer.json", '{"model": {"vocab": {"a": 0, "b\\n": 320}}}'),
-        r"token 'b\\n' has the id 320, but the vocab_size in config.json is 320",
+        r"token 'b\\n' has the id 320, but the model's vocab_size is 320",
     ),
     "added token too large": (
         text("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 999, "content": "b"}]}'),

@@ -218,7 +218,10 @@ def _refusing(problem: str) -> Iterator[None]:
         # Bare Exceptions, and panics, which are not even those.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"tokenizer: {problem} ({error})") from None
+        # Its words may repeat the file's, of any length and in any alphabet.
+        words = ascii(str(error))[1:-1]
+        words = words if len(words) <= 300 else f"{words[:297]}..."
+        raise ValueError(f"tokenizer: {problem} ({words})") from None
 
 
 def _overlap(text: str, stop: str) -> int:

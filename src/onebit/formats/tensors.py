@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -271,6 +272,8 @@ def shorten(value: object) -> str:
         text = ascii(value)
     except RecursionError:
         return "a deeply nested value"
+    # Arrays are written in several lines.
+    text = re.sub(r"\s*\n\s*", " ", text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -275,6 +275,7 @@ def _scaling_keys(config: ModelConfig) -> dict[str, Any]:
     if scaling is None:
         return {}
     if scaling.rope_type == "llama3":
+        _check_told(config, scaling)
         # llama.cpp knows only the factors. The context is for us: it needs no guess then.
         return {"rope.scaling.original_context_length": scaling.original_max_position_embeddings}
     values: dict[str, Any] = {
@@ -295,6 +296,19 @@ def _scaling_keys(config: ModelConfig) -> dict[str, Any]:
             0.1 * math.log(scaling.factor) + 1
         )
     return values
+
+
+def _check_told(config: ModelConfig, scaling: RopeScaling) -> None:
+    """Refuse a llama3 scaling that `_read_factors` would not find in its divisors: the file could not be read again."""
+    found = _factors(config, scaling)
+    factor = max(float(str(found.max())), 1.0)
+    told = RopeScaling("llama3", factor, scaling.original_max_position_embeddings)
+    if not np.allclose(found, _factors(config, told), rtol=1e-4, atol=0):
+        raise ValueError(
+            f"a GGUF file has the divisors of llama3 positions alone, and factor {scaling.factor:g} with "
+            f"low_freq_factor {scaling.low_freq_factor:g} and high_freq_factor {scaling.high_freq_factor:g} cannot be "
+            "told from them; keep the model as a .onebit file"
+        )
 
 
 def _read_factors(config: ModelConfig, found: Float32, keys: _Keys) -> RopeScaling | None:

@@ -251,7 +251,7 @@ def _multipliers(
                 f"{', '.join(FLOATS)}"
             )
         value = decode(scale.read(), scale.dtype).reshape(1)
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             both = (value, np.float32(1) / value)
         if not all(0 < number < np.inf for (number,) in both):
             raise ValueError(

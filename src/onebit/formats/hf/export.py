@@ -19,7 +19,7 @@ from onebit.config import ModelConfig
 from onebit.formats import names
 from onebit.formats import tensors as container
 from onebit.formats.files import Buffer, write_file
-from onebit.formats.floats import encode, width_of
+from onebit.formats.floats import decode, encode, width_of
 from onebit.formats.hf import config_json, tokenizer_files
 from onebit.formats.hf.shards import CONFIG, INDEX, MODEL, is_model
 from onebit.formats.tensors import Json, shorten
@@ -249,7 +249,15 @@ def _packed_entries(name: str, tensor: Tensor, config: ModelConfig, form: _Form)
     # Follows its weight in the file, so it is known by then.
     def stored_scale() -> Iterator[Buffer]:
         scale = scales.pop()
-        yield container.raw(encode(np.float32(1) / scale if form.divides else scale, width))
+        with np.errstate(over="ignore"):
+            stored = encode(np.float32(1) / scale if form.divides else scale, width)
+            both = decode(stored.reshape(-1).view(np.uint8), width), np.float32(1) / scale
+        if not all(np.isfinite(number).all() and number.all() for number in both):
+            raise ValueError(
+                f"tensor {name}: the scale {scale[0]:g} or its inverse is outside of float32, and readers need both; "
+                "keep the model as a .onebit file"
+            )
+        yield container.raw(stored)
 
     target, width = names.to_hf(name), form.width or "F32"
     yield _Entry(target, "U8", (n // 4, k), weight)

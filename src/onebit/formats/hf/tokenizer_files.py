@@ -59,12 +59,7 @@ def read(folder: Path, vocab_size: int) -> Found:
         vocab = _vocabulary(tokenizer)
         if _add_tokens(tokenizer, vocab, declared):
             data = json.dumps(tokenizer, separators=(",", ":")).encode()
-        if vocab and max(vocab.values()) >= vocab_size:
-            token = max(vocab, key=vocab.__getitem__)
-            raise ValueError(
-                f"token {shorten(token)} has the id {vocab[token]}, but the vocab_size in config.json is {vocab_size}; "
-                "take tokenizer and model from one place"
-            )
+        _check_ids(vocab, vocab_size)
     specials = _specials(folder, settings)
     bos, eos = (vocab.get(text) if text is not None else None for text in specials)
     first = _prepended(tokenizer.get("post_processor"), vocab)
@@ -85,7 +80,7 @@ def build(tokenizer: bytes | None, chat_template: str | None, config: ModelConfi
         config: of the model, which names the special tokens.
 
     Raises:
-        ValueError: a damaged tokenizer.json.
+        ValueError: a damaged tokenizer.json, or one that is not of this model.
     """
     eos = list(config.eos_tokens)
     generation: Json = {"bos_token_id": config.bos_token, "eos_token_id": eos[0] if len(eos) == 1 else eos}
@@ -97,6 +92,7 @@ def build(tokenizer: bytes | None, chat_template: str | None, config: ModelConfi
         return files
     parsed = parse_json(tokenizer, TOKENIZER)
     vocab = _vocabulary(parsed)
+    _check_ids(vocab, config.vocab_size)
     texts = {token: text for text, token in vocab.items()}
     if _prepended(parsed.get("post_processor"), vocab) != config.bos_token:
         parsed["post_processor"] = _prepends(texts, config.bos_token)
@@ -174,6 +170,15 @@ def _vocabulary(tokenizer: Json) -> dict[str, int]:
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ValueError("the tokenizer has no vocabulary of tokens and ids; the file is damaged")
     return vocab | {str(entry["content"]): int(entry["id"]) for entry in _added(tokenizer)}
+
+
+def _check_ids(vocab: Mapping[str, int], vocab_size: int) -> None:
+    if vocab and max(vocab.values()) >= vocab_size:
+        token = max(vocab, key=vocab.__getitem__)
+        raise ValueError(
+            f"token {shorten(token)} has the id {shorten(vocab[token])}, but the model's vocab_size is {vocab_size}; "
+            "take tokenizer and model from one place"
+        )
 
 
 def _added(tokenizer: Json) -> list[Json]:

@@ -10,12 +10,18 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from onebit.formats.tensors import Json, shorten
 from onebit.formats.vocabulary import bpe
 
 _UNIGRAM, _BPE = 1, 2
 _MODEL_TYPES = {_UNIGRAM: "unigram", _BPE: "BPE", 3: "word", 4: "character"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+# Of a map of characters, looked at together.
+_PLACES = 4096
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -98,9 +104,7 @@ def _normalizers(spec: dict[int, int | bytes]) -> list[Json]:
             "the SentencePiece model has a number for its map of characters; the file is damaged"
         )
     if charsmap:
-        # The library indexes with this length unchecked.
-        if len(charsmap) < 4 or int.from_bytes(charsmap[:4], "little") > len(charsmap) - 4:
-            raise ValueError("the map of characters ends early; the file is damaged")
+        _check_characters(charsmap)
         # The library looks up a character and its marks at once; composed, most are one character.
         if b"nfkc" in _message(spec.get(1, b""), "the normalizer's name"):
             steps.append({"type": "NFKC"})
@@ -109,6 +113,45 @@ def _normalizers(spec: dict[int, int | bytes]) -> list[Json]:
         for pattern, content in ((r"\A +", ""), (rf"[ {bpe.SPACE}]+\z", ""), (" {2,}", " ")):
             steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
     return steps
+
+
+def _check_characters(charsmap: bytes) -> None:
+    """Refuse a map of characters that leads out of itself: the library follows it unchecked.
+
+    It is the length of a trie, the trie, a double array of uint32, and texts that end with a zero. From a place p the
+    byte c leads to the unit p ^ c, if that has the label c; its offset leads on, and to a leaf, which says where a text
+    begins.
+    """
+    n_bytes = int.from_bytes(charsmap[:4], "little")
+    if len(charsmap) < 4 or not 4 <= n_bytes <= len(charsmap) - 4:
+        raise ValueError("the map of characters ends early; the file is damaged")
+    units = np.frombuffer(charsmap, "<u4", n_bytes // 4, 4).astype(np.int64)
+    texts = charsmap[4 + 4 * units.size :]
+    try:
+        texts.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("the map of characters has a text that is not UTF-8; the file is damaged") from None
+    is_inside = np.append(np.frombuffer(texts, np.uint8) & 0xC0 == 0x80, False)
+    offsets = (units >> 10) << ((units >> 6) & 8)
+    labels = np.where(units >> 31, -1, units & 0xFF)
+    seen = np.zeros(units.size, bool)
+    bytes_ = np.arange(1, 256)
+    places = offsets[:1]
+    while places.size:
+        if ((places | 0xFF) >= units.size).any():
+            raise ValueError("the map of characters points outside of itself; the file is damaged")
+        seen[places] = True
+        found: list[npt.NDArray[np.int64]] = []
+        for some in np.split(places, range(_PLACES, places.size, _PLACES)):
+            next_units = some[:, None] ^ bytes_
+            reached = next_units[labels[next_units] == bytes_]
+            found.append(reached ^ offsets[reached])
+            leaves = found[-1][units[reached] >> 8 & 1 == 1]
+            begins = units[leaves[leaves < units.size]] & 0x7FFFFFFF
+            if (leaves >= units.size).any() or (begins > len(texts)).any() or is_inside[begins].any():
+                raise ValueError("the map of characters points outside of its texts; the file is damaged")
+        places = np.unique(np.concatenate(found))
+        places = places[(places >= units.size) | ~seen[np.minimum(places, units.size - 1)]]
 
 
 def _parse(model: bytes) -> _Model:

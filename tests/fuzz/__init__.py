@@ -1,0 +1,1 @@
+"""Damaged files, thrown at the readers of models."""
