@@ -103,6 +103,8 @@ def convert(
             f"{dst}: would replace its source, which could not be compared then; choose another name"
         )
     report = formats.convert(src, dst, encoding, head, allow_lossy, progress)
+    if not _has_same_tokens(report.source, report.made):
+        report.notes.append("the tokenizer of the result makes other tokens of a text")
     if not verify:
         return Converted(report, None)
     progress("verifying", 0.0)

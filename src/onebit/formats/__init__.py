@@ -129,11 +129,11 @@ def write(
     names = encodings(path)
     if encoding is not None and encoding not in names:
         raise ValueError(f"encoding {encoding!r}: a {_format_name(path)} has {', '.join(names)}")
-    if path.suffix == SUFFIX:
+    if path.suffix.lower() == SUFFIX:
         return native.write(checkpoint, path, encoding, head)
     if head is not None:
         raise ValueError(f"head {head!r}: only a .onebit file has a choice of heads")
-    if path.suffix == GGUF_SUFFIX:
+    if path.suffix.lower() == GGUF_SUFFIX:
         gguf.write(checkpoint, path, encoding or gguf.usual_kind(checkpoint))
     else:
         hf.write(checkpoint, path, encoding or hf.usual_kind(checkpoint))
@@ -145,11 +145,11 @@ def encodings(path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: a suffix without a format.
     """
-    if path.suffix == SUFFIX:
+    if path.suffix.lower() == SUFFIX:
         return native.ENCODINGS
-    if path.suffix == GGUF_SUFFIX:
+    if path.suffix.lower() == GGUF_SUFFIX:
         return gguf.KINDS
-    if path.suffix in _FILE_SUFFIXES:
+    if path.suffix.lower() in _FILE_SUFFIXES:
         raise ValueError(
             f"{path}: nothing is written to a {path.suffix} file; expected {SUFFIX}, {GGUF_SUFFIX}, or a folder's name"
         )
@@ -196,20 +196,22 @@ def convert(
         OSError: a file cannot be read or written.
     """
     dst = Path(dst)
+    if not dst.name:
+        raise ValueError(f"{dst}: no name for a file or a folder; expected one, as in {dst / 'model.onebit'}")
     encodings(dst)
     if not dst.absolute().parent.is_dir():
         raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; make it first")
-    if dst.suffix not in (SUFFIX, GGUF_SUFFIX):
+    if dst.suffix.lower() not in (SUFFIX, GGUF_SUFFIX):
         hf.check_replaceable(dst)
     source = read(src)
-    if dst.suffix == SUFFIX and not allow_lossy:
+    if dst.suffix.lower() == SUFFIX and not allow_lossy:
         # By the first rows of each matrix, before the work is done.
         if loss := _certain_loss(source, encoding, head):
             raise _lossy(dst, loss)
     # Its name keeps the suffix, which is the format.
     unfinished = dst.with_name(f".{secrets.token_hex(4)}.{dst.name}")
     try:
-        write(_tracked(source, dst.suffix == SUFFIX, progress), unfinished, encoding, head)
+        write(_tracked(source, dst.suffix.lower() == SUFFIX, progress), unfinished, encoding, head)
         made = read(unfinished)
         changes = compare(source, made, _share(source, "comparing", progress))
         report = Report(source, made, changes, _notes(source, made))
@@ -230,6 +232,8 @@ def convert(
 def _certain_loss(source: Checkpoint, encoding: str | None, head: str | None) -> str | None:
     """What a .onebit file would lose of a model, if the first rows of its matrices show it."""
     planned = plan(source, encoding, head)
+    if planned.config.weights != source.config.weights:
+        return f"its {source.config.weights} weights are rounded to {planned.config.weights}"
     for name, kind in planned.encodings.items():
         tensor = source.tensors.get(name)
         if kind != "bf16" or not isinstance(tensor, Stored) or tensor.kind == "BF16":
@@ -294,6 +298,9 @@ def _n_weights(shape: tuple[int, ...]) -> int:
 def _notes(source: Checkpoint, made: Checkpoint) -> list[str]:
     """What differs besides weights."""
     notes = []
+    about = source.provenance.get("source")
+    if isinstance(about, dict) and "guessed" in str(about.get("activations")) and not source.is_packed:
+        notes.append(f"activations of the source: {about['activations']}")
     for field in fields(source.config):
         before, after = getattr(source.config, field.name), getattr(made.config, field.name)
         if before != after:
@@ -325,4 +332,4 @@ def _remove(path: Path) -> None:
 
 
 def _format_name(path: Path) -> str:
-    return {SUFFIX: ".onebit file", GGUF_SUFFIX: "GGUF file"}.get(path.suffix, "Hugging Face folder")
+    return {SUFFIX: ".onebit file", GGUF_SUFFIX: "GGUF file"}.get(path.suffix.lower(), "Hugging Face folder")

@@ -10,12 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from onebit import formats
+from onebit import __version__, formats
 from onebit.formats import llama2c, native
 from onebit.formats.files import write_file
 
-# A converter that gives other files gets another number.
-_GENERATION = "1"
 _PIECE = 1 << 22
 # What beside the weights makes a model of a folder.
 _TEXTS = {".json", ".jinja", ".model", ".txt"}
@@ -62,7 +60,8 @@ def ready(
 
 def _key(path: Path, progress: formats.Progress) -> str:
     """A hash of all that the conversion of a model depends on."""
-    total = hashlib.sha256(_GENERATION.encode())
+    # Another version may read a file otherwise.
+    total = hashlib.sha256(__version__.encode())
     for file in _files(path):
         # A model that is one file may have any name.
         name = file.name if file != path else ""

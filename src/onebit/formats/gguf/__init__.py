@@ -177,12 +177,16 @@ def _checkpoint(path: Path, header: Header) -> Checkpoint:
         raise ValueError(
             f"tensor {shorten(next(iter(extra)))} is no part of a {architecture} that onebit knows"
         )
-    config = _with_weights(config, sources, metadata, architecture)
+    config = _with_weights(config, sources)
+    activations, reason = _activations(config, sources, metadata, architecture)
+    config = replace(config, activations=activations)  # type: ignore[arg-type]
     tensors: dict[str, Tensor] = {
         name: source.stored(_granularity(name, source, config)) for name, source in sources.items()
     }
     types = Counter(place.block.name for place in places.values())
     source = {"format": "gguf", "architecture": architecture, "file": path.name, "types": dict(types)}
+    if reason:
+        source["activations"] = f"{activations}, {reason}"
     if isinstance(name := metadata.get("general.name"), str):
         source["name"] = name
     return Checkpoint(config, tensors, words.tokenizer, words.chat_template, {"source": source})
@@ -245,10 +249,8 @@ def _multiplier(path: Path, there: str, place: Place, extra: dict[str, Place]) -
     return factor
 
 
-def _with_weights(
-    config: ModelConfig, sources: dict[str, Source], metadata: dict[str, Any], architecture: str
-) -> ModelConfig:
-    """The config with the scheme, granularity and activations that the linear layers tell."""
+def _with_weights(config: ModelConfig, sources: dict[str, Source]) -> ModelConfig:
+    """The config with the scheme and granularity of weights that the linear layers tell; activations come after."""
     linear = [source for name, source in sources.items() if config.is_linear(name)]
     kinds = Counter(source.block.name for source in linear)
     schemes = {SCHEMES.get(kind, "dense") for kind in kinds}
@@ -264,15 +266,25 @@ def _with_weights(
     scale: Granularity = "row" if "row" in shared else "tensor"
     if not shared <= {"tensor", "row"}:
         scale = min(source.block.weights for source in linear)
+    return replace(config, weights=scheme, activations="a8", scale=scale)  # type: ignore[arg-type]
+
+
+def _activations(
+    config: ModelConfig, sources: dict[str, Source], metadata: dict[str, Any], architecture: str
+) -> tuple[str, str]:
+    """How the inputs of linear layers are rounded, and why that is believed."""
+    if config.weights == "dense":
+        return "none", ""
     said = metadata.get(_ACTIVATIONS)
     if isinstance(said, str) and said in get_args(Activations) and said != "none":
-        activations = said
-    else:
-        # One scale for a tensor is how models are made whose activations are rounded too.
-        is_rounded = scale == "tensor" and kinds.keys() <= {"TQ1_0", "TQ2_0"}
-        is_bitnet = architecture.startswith("bitnet") or "I2_S" in kinds
-        activations = "a8" if is_bitnet or is_rounded else _WEIGHT_ONLY
-    return replace(config, weights=scheme, activations=activations, scale=scale)  # type: ignore[arg-type]
+        return said, "as the file says"
+    kinds = {source.block.name for name, source in sources.items() if config.is_linear(name)}
+    if architecture.startswith("bitnet") or "I2_S" in kinds:
+        return "a8", "as BitNets define it"
+    # One scale for a tensor is how models are made whose activations are rounded too.
+    if config.scale == "tensor" and kinds <= {"TQ1_0", "TQ2_0"}:
+        return "a8", "guessed: each matrix has one scale, as in models that round activations"
+    return _WEIGHT_ONLY, "guessed: the scales are those of models that round weights alone"
 
 
 def _granularity(name: str, source: Source, config: ModelConfig) -> Granularity | None:

@@ -119,6 +119,10 @@ def usual_kind(checkpoint: Checkpoint) -> str:
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Why a model cannot be written as each of `KINDS`; None where it can."""
     found: dict[str, str | None] = {}
+    try:
+        tokenizer_files.build(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config)
+    except ValueError as error:
+        return dict.fromkeys(KINDS, str(error))
     for kind in KINDS:
         try:
             config_json.build(checkpoint.config, "float32", _quantization(checkpoint, kind))

@@ -292,7 +292,9 @@ def _same(node: object, steps: Json) -> bool:
 
 
 def _inexpressible(reason: str) -> ValueError:
-    return ValueError(f"this tokenizer cannot be expressed in GGUF: {reason}")
+    return ValueError(
+        f"this tokenizer cannot be expressed in GGUF: {reason}; keep the model as a .onebit file or a folder"
+    )
 
 
 def _get(metadata: Mapping[str, Any], name: str, kind: type, default: Any, key: str | None = None) -> Any:
