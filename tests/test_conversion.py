@@ -64,7 +64,9 @@ def test_a_loss_must_be_allowed(folder):
     with pytest.raises(ValueError, match="cannot hold dense weights"):
         convert(folder / "twin.onebit", folder / "x.onebit", "t80")
     formats.run.write(twin, folder / "twin")
-    with pytest.raises(ValueError, match=r"is not written.*its dense weights are rounded to b1.58.*--allow-lossy"):
+    with pytest.raises(
+        ValueError, match=r"is not written.*its dense weights are rounded to b1.58.*--allow-lossy"
+    ):
         convert(folder / "twin", folder / "x.onebit", "t80")
     assert not (folder / "x.onebit").exists() and not list(folder.glob(".*"))
     report, found = convert(folder / "twin", folder / "x.onebit", "t80", allow_lossy=True, verify=True)

@@ -5,56 +5,27 @@
 A name says what a file is. What cannot be taken apart, because it was damaged before, is changed byte by byte.
 """
 
-import ast
 import hashlib
 import json
 import math
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from random import Random
 from typing import Any
 
+from fuzz.gguf_parts import change_gguf, put_gguf, take_gguf
+from fuzz.odd import FLOATS, INTS, MAX_DATA, TEXTS, UNREADABLE, bytes_of, fill, some_bytes, some_values, words
 from onebit.formats import native
 from onebit.formats import tensors as container
-from onebit.formats.gguf import container as gguf_file
-from onebit.formats.gguf.blocks import BLOCKS, candidates
 
-FORMATS = Path(native.__file__).parent
 NAMES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors", "b.safetensors",
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt",
     "model.gguf", "model.onebit", "model.bin", "tokenizer.bin", "ranks.tiktoken", "recipe.json",
 )  # fmt: skip
-# Far beyond what a seed takes: what a change makes larger than this is cut.
-MAX_DATA = 1 << 15
-
-# What comes of taking apart a file that was damaged before.
-_UNREADABLE = (
-    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, RecursionError, MemoryError,
-)  # fmt: skip
 _MARK = re.compile(rb"\n--8<-- ([A-Za-z0-9_.]{1,40})\n")
-_INTS = (0, 1, 2, 3, 4, 7, 8, 16, 31, 64, 255, 256, 2**15, 2**24 - 1, 2**24, 2**31 - 1, 2**31, 2**32, 2**53, 2**62,
-         2**63 - 1, 2**63, 2**64 - 1, 10**30, 10**400)  # fmt: skip
-_FLOATS = (0.0, -0.0, 0.5, 1.0, 1.0000001, -1.5, 3.0, 1e-45, 1e-300, 65504.0, 1e30, 3.4e38, 1e308)
-_TEXTS = ("", " ", "a", "ab", "\n", "a\nb", "\x00", "\x1b[2J", "\u2028", "\u202e", "\u00e9", "\u2581", "\ud800",
-          "\U0001f600", "%s{}", "../x", "x" * 700, "0", "-1", "1e5", "NaN")  # fmt: skip
-
-
-@cache
-def words() -> tuple[str, ...]:
-    """The names that the readers look for: all words in their sources."""
-    found: set[str] = set()
-    for path in [*sorted(FORMATS.glob("**/*.py")), FORMATS.parent / "config.py"]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 48:
-                if re.fullmatch(r"[\w.<>|/-]+", node.value):
-                    found.add(node.value)
-    return tuple(sorted(found))
 
 
 def bundle(files: dict[str, bytes]) -> bytes:
@@ -90,37 +61,15 @@ def mutate(data: bytes, random: Random) -> bytes:
     return bundle(files)
 
 
-def some_bytes(data: bytes, random: Random) -> bytes:
-    """Bytes that are flipped, put in, taken out, doubled, or become a number that is at an edge."""
-    changed = bytearray(data)
-    for _ in range(random.choice((1, 1, 2, 8))):
-        at, n = random.randrange(len(changed) + 1), random.choice((1, 1, 2, 4, 8, 64))
-        match random.randrange(6):
-            case 0 if at < len(changed):
-                changed[at] ^= 1 << random.randrange(8)
-            case 1 if at < len(changed):
-                changed[at] = random.choice((0, 1, 0x7F, 0x80, 0xFF, 10, random.randrange(256)))
-            case 2:
-                del changed[at : at + n]
-            case 3:
-                changed[at:at] = random.randbytes(n)
-            case 4:
-                changed[at:at] = changed[at : at + n]
-            case 5:
-                number = random.choice(_INTS) * random.choice((1, 1, -1)) % 2 ** (8 * n)
-                changed[at : at + n] = number.to_bytes(n, "little")
-    return bytes(changed)
-
-
 def _mutator(name: str) -> Callable[[bytes, Random], bytes]:
     def careful(data: bytes, random: Random) -> bytes:
         try:
             return change(data, random)
-        except _UNREADABLE:
+        except UNREADABLE:
             return some_bytes(data, random)
 
     kinds: dict[str, Callable[[bytes, Random], bytes]] = {
-        "gguf": _gguf, "json": _json, "safetensors": _safetensors, "onebit": _safetensors, "model": _protobuf,
+        "gguf": change_gguf, "json": _json, "safetensors": _safetensors, "onebit": _safetensors, "model": _protobuf,
         "bin": _numbers, "txt": _text, "tiktoken": _text, "jinja": _text,
     }  # fmt: skip
     change = kinds[name.rpartition(".")[2]]
@@ -164,11 +113,11 @@ def anything(random: Random) -> Any:
     """A JSON value that a reader may not expect."""
     match random.randrange(9):
         case 0:
-            return random.choice(_INTS) * random.choice((1, 1, -1))
+            return random.choice(INTS) * random.choice((1, 1, -1))
         case 1:
-            return random.choice(_FLOATS) * random.choice((1, 1, -1))
+            return random.choice(FLOATS) * random.choice((1, 1, -1))
         case 2:
-            return random.choice(_TEXTS)
+            return random.choice(TEXTS)
         case 3 | 4:
             return random.choice(words())
         case 5:
@@ -213,7 +162,7 @@ def change_value(root: Any, random: Random) -> Any:
             case 1:
                 value.append([pair[0], anything(random)])
             case 2:
-                pair[0] = random.choice((random.choice(words()), random.choice(_TEXTS), pair[0] + "x"))
+                pair[0] = random.choice((random.choice(words()), random.choice(TEXTS), pair[0] + "x"))
             case 3:
                 value.append([random.choice(words()), anything(random)])
             case 4:
@@ -246,7 +195,7 @@ def change_value(root: Any, random: Random) -> Any:
         where[i] = random.choice(choices)
     elif isinstance(value, str) and value and random.random() < 0.4:
         at = random.randrange(len(value))
-        where[i] = value[:at] + random.choice((*_TEXTS, value[at:] * 2)) + value[at + 1 :]
+        where[i] = value[:at] + random.choice((*TEXTS, value[at:] * 2)) + value[at + 1 :]
     elif random.random() < 0.3:
         other, j = random.choice(slots)
         where[i] = load(dump(other[j]))
@@ -279,7 +228,7 @@ def _safetensors(data: bytes, random: Random) -> bytes:
         entry[:] = [[key, value] for key, value in fields.items()]
     else:
         name = random.choice(list(tensors))
-        tensors[name] = _some_values(tensors[name], random)
+        tensors[name] = some_values(tensors[name], random)
     return _put_safetensors(header, tensors, rest, random, relay=random.random() < 0.7)
 
 
@@ -306,7 +255,7 @@ def _put_safetensors(
             if not all(type(size) is int for size in fields["shape"]):
                 raise ValueError("no sizes")
             n = container.ITEM_BYTES[fields["dtype"]] * math.prod(fields["shape"])
-            piece = _fill(tensors.get(key, b""), min(max(n, 0), MAX_DATA))
+            piece = fill(tensors.get(key, b""), min(max(n, 0), MAX_DATA))
             fields["data_offsets"] = [at, at + n]
             value[:] = [[name, field] for name, field in fields.items()]
             hashes[key] = hashlib.sha256(piece).hexdigest()
@@ -325,264 +274,6 @@ def _put_safetensors(
     text += b" " * (-(8 + len(text)) % (1 if random.random() < 0.03 else container.ALIGN))
     n = len(text) if random.random() < 0.98 else max(len(text) + random.choice((-1, 1, 8, 2**40)), 0)
     return n.to_bytes(8, "little") + text + rest
-
-
-def _fill(data: bytes, n: int) -> bytes:
-    """Data that is cut, or repeated, to n bytes."""
-    return (data or b"\0").ljust(n, b"\0")[:n]
-
-
-def _some_values(data: bytes, random: Random) -> bytes:
-    """Tensor data with some odd numbers in it."""
-    if random.random() < 0.3:
-        return some_bytes(data, random)[: len(data)].ljust(len(data), b"\0")
-    changed, width = bytearray(data), random.choice((1, 2, 2, 4, 4))
-    odd = {
-        1: (0, 1, 2, 3, 0x55, 0xAA, 0x80, 0xFF),
-        2: (0, 1, 0x3C00, 0x7BFF, 0x7C00, 0x7E00, 0x8000, 0xBC00, 0xFC00, 0x3F80, 0x7F7F, 0x7F80, 0x7FC0),
-        4: (
-            0,
-            1,
-            0x3F800000,
-            0xBF800000,
-            0x7F7FFFFF,
-            0x7F800000,
-            0x7FC00000,
-            0x80000000,
-            0x00800000,
-            0x477FE000,
-        ),
-    }[width]
-    number = random.choice(odd).to_bytes(width, "little")
-    n = len(data) // width
-    for at in (
-        range(n) if random.random() < 0.15 else random.choices(range(max(n, 1)), k=random.choice((1, 3)))
-    ):
-        changed[at * width : (at + 1) * width] = number
-    return bytes(changed[: len(data)])
-
-
-# GGUF.
-
-
-@dataclass
-class Gguf:
-    """A file in parts.
-
-    Args:
-        head: version, and the claimed numbers of tensors and keys; None for right ones.
-        keys: name, type, and bytes; of arrays the type of the elements, their claimed number or None, and all elements.
-        tensors: name, sizes, type, offset.
-        data: of each tensor.
-    """
-
-    head: list[Any]
-    keys: list[list[Any]]
-    tensors: list[list[Any]]
-    data: list[bytes]
-
-
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_TEXT, _ARRAY = 8, 9
-
-
-def take_gguf(data: bytes) -> Gguf:
-    """Take a file apart; whatever raises, it was damaged before."""
-    at = 24
-    if data[:4] != b"GGUF":
-        raise ValueError("no GGUF")
-    version, n_tensors, n_keys = struct.unpack_from("<IQQ", data, 4)
-
-    def take(n: int) -> bytes:
-        nonlocal at
-        if at + n > len(data):
-            raise ValueError("cut")
-        at += n
-        return data[at - n : at]
-
-    def number(n: int) -> int:
-        return int.from_bytes(take(n), "little")
-
-    def value(kind: int) -> Any:
-        if kind == _TEXT:
-            return take(number(8))
-        if kind == _ARRAY:
-            inner, n = number(4), number(8)
-            return [inner, None, [value(inner) for _ in range(min(n, 1 << 12))]]
-        return take(_WIDTHS[kind])
-
-    keys = []
-    for _ in range(min(n_keys, 1 << 10)):
-        name, kind = take(number(8)), number(4)
-        keys.append([name, kind, value(kind)])
-    tensors = []
-    for _ in range(min(n_tensors, 1 << 10)):
-        name, rank = take(number(8)), number(4)
-        tensors.append([name, [number(8) for _ in range(min(rank, 8))], number(4), number(8)])
-    start = at + -at % gguf_file.ALIGN
-    ends = sorted({offset for *_, offset in tensors} | {len(data) - start})
-    pieces = []
-    for *_, offset in tensors:
-        stop = next((end for end in ends if end > offset), offset)
-        pieces.append(data[start + offset : start + stop])
-    return Gguf([version, None, None], keys, tensors, pieces)
-
-
-def put_gguf(parts: Gguf, relay: bool) -> bytes:
-    """Put a file together; with `relay` all tensors get offsets and bytes that fit their types and sizes."""
-
-    def text(data: bytes) -> bytes:
-        return len(data).to_bytes(8, "little") + data
-
-    def value(kind: int, what: Any) -> bytes:
-        if kind == _TEXT and isinstance(what, bytes):
-            return text(what)
-        if kind == _ARRAY and isinstance(what, list):
-            inner, n, items = what
-            count = (len(items) if n is None else n) % 2**64
-            return struct.pack("<IQ", inner % 2**32, count) + b"".join(value(inner, item) for item in items)
-        return what if isinstance(what, bytes) else b""
-
-    version, n_tensors, n_keys = parts.head
-    out = [b"GGUF", struct.pack("<I", version % 2**32)]
-    for claimed, found in ((n_tensors, parts.tensors), (n_keys, parts.keys)):
-        out.append(((len(found) if claimed is None else claimed) % 2**64).to_bytes(8, "little"))
-    for name, kind, what in parts.keys:
-        out += [text(name), struct.pack("<I", kind % 2**32), value(kind, what)]
-    offset, pieces = 0, []
-    for (name, sizes, number, old), data in zip(parts.tensors, parts.data, strict=True):
-        if relay:
-            try:
-                block = candidates(number)[-1 if len(data) % 2 else 0]
-                n = gguf_file.size(block, tuple(reversed(sizes)))
-            except ValueError:
-                n = len(data)
-            data = _fill(data, min(max(n, 0), MAX_DATA))
-            old = offset
-        data += bytes(-len(data) % gguf_file.ALIGN)
-        offset += len(data)
-        pieces.append(data)
-        out += [
-            text(name),
-            struct.pack("<I", len(sizes)),
-            *((n % 2**64).to_bytes(8, "little") for n in sizes),
-        ]
-        out.append(struct.pack("<IQ", number % 2**32, old % 2**64))
-    made = b"".join(out)
-    return made + bytes(-len(made) % gguf_file.ALIGN) + b"".join(pieces)
-
-
-def _scalar(random: Random) -> tuple[int, bytes]:
-    kind = random.choice(list(_WIDTHS))
-    if kind in (6, 12):
-        values = (*_FLOATS[:-1], math.inf, -math.inf, math.nan)
-        return kind, struct.pack(
-            "<f" if kind == 6 else "<d", random.choice(values) * random.choice((1, 1, -1))
-        )
-    number = random.choice((random.choice(_INTS), random.randrange(40))) * random.choice((1, 1, 1, -1))
-    return kind, (number % 256 ** _WIDTHS[kind]).to_bytes(_WIDTHS[kind], "little")
-
-
-def _bytes_of(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _gguf_value(kind: int, what: Any, random: Random) -> tuple[int, Any]:
-    if kind == _ARRAY and random.random() < 0.8:
-        inner, n, items = what
-        match random.randrange(5):
-            case 0:
-                n = random.choice((*_INTS[:-1], len(items) + 1))
-            case 1 if items:
-                del items[random.randrange(len(items))]
-            case 2 if items:
-                items.append(random.choice(items))
-            case 3:
-                inner = random.choice((*_WIDTHS, _TEXT, _ARRAY, 13))
-            case _ if items:
-                i = random.randrange(len(items))
-                items[i] = _gguf_value(inner, items[i], random)[1]
-        return kind, [inner, n, items]
-    if kind == _TEXT and random.random() < 0.7:
-        choices = (random.choice(_TEXTS), random.choice(words()), "\u2581a", "a b")
-        return kind, random.choice((*map(_bytes_of, choices), some_bytes(what, random)))
-    if kind in _WIDTHS and random.random() < 0.7:
-        width = _WIDTHS[kind]
-        number = int.from_bytes(what, "little") + random.choice((1, -1, 2, 1 << 8 * width - 1))
-        return kind, random.choice((number % 256**width, random.choice(_INTS) % 256**width)).to_bytes(
-            width, "little"
-        )
-    match random.randrange(4):
-        case 0:
-            return _TEXT, _bytes_of(random.choice(words()))
-        case 1:
-            inner, item = _scalar(random)
-            return _ARRAY, [inner, None, [item] * random.choice((0, 1, 2, 24))]
-        case 2:
-            return _ARRAY, [_TEXT, None, [_bytes_of(word) for word in random.choices(words(), k=3)]]
-        case _:
-            return _scalar(random)
-
-
-def _gguf(data: bytes, random: Random) -> bytes:
-    parts = take_gguf(data)
-    keys, tensors, relay = parts.keys, parts.tensors, random.random() < 0.75
-    i = random.randrange(len(tensors)) if tensors else -1
-    chance = random.random()
-    if keys and chance < 0.5:
-        key = random.choice(keys)
-        prefix = next((value for name, _, value in keys if name == b"general.architecture"), b"llama")
-        known = random.choice(words()).encode()
-        match random.randrange(8):
-            case 0:
-                keys.remove(key)
-            case 1:
-                keys.insert(random.randrange(len(keys)), [key[0], *_gguf_value(*key[1:], random)])
-            case 2:
-                name = random.choice(
-                    (known, prefix + b"." + known, b"tokenizer.ggml." + known, _bytes_of("\n"))
-                )
-                keys.append([name, *_gguf_value(*key[1:], random)])
-            case 3 if isinstance(prefix, bytes):
-                # Another architecture, with all keys that go with it.
-                new = random.choice((b"llama", b"qwen2", b"qwen3", b"bitnet", b"bitnet-b1.58", b"bitnet-25"))
-                for other in keys:
-                    if other[0].startswith(prefix + b"."):
-                        other[0] = new + other[0][len(prefix) :]
-                    elif other[0] == b"general.architecture":
-                        other[2] = new
-            case _:
-                key[1:] = _gguf_value(*key[1:], random)
-    elif tensors and chance < 0.9:
-        tensor = tensors[i]
-        match random.randrange(9):
-            case 0:
-                tensor[0] = random.choice(
-                    (random.choice(words()).encode() + b".weight", some_bytes(tensor[0], random))
-                )
-            case 1:
-                sizes = tensor[1]
-                sizes[random.randrange(len(sizes))] = random.choice((*_INTS[:-1], random.randrange(300)))
-            case 2:
-                tensor[1] = random.choice((tensor[1][::-1], tensor[1] + [1], tensor[1][:1], []))
-            case 3 | 4:
-                tensor[2] = random.choice((*(block.number for block in BLOCKS.values()), 31, 36, 40, 2**31))
-            case 5:
-                tensor[3] = random.choice((*_INTS[:-1], tensor[3] + 1, tensor[3] + 32))
-                relay = False
-            case 6:
-                del tensors[i], parts.data[i]
-            case 7:
-                tensors.append(list(tensor))
-                parts.data.append(parts.data[i])
-            case _:
-                parts.data[i] = _some_values(parts.data[i], random)
-    elif chance < 0.93:
-        parts.head[random.randrange(3)] = random.choice(_INTS[:-1])
-    else:
-        parts.data = [_some_values(piece, random) for piece in parts.data]
-    made = put_gguf(parts, relay)
-    return made if random.random() < 0.97 else made[: random.randrange(len(made))]
 
 
 # Another size everywhere: of the config and of all tensors that have it.
@@ -617,7 +308,7 @@ def _resize(files: dict[str, bytes], random: Random) -> dict[str, bytes] | None:
                 for tensor in parts.tensors:
                     tensor[1] = [new if size == old else size for size in tensor[1]]
                 resized[name] = put_gguf(parts, relay=True)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
     return resized
 
@@ -661,13 +352,13 @@ def _protobuf(data: bytes, random: Random) -> bytes:
     chance = random.random()
     if field[0] & 7 == 2 and chance < 0.75:
         inside = field[0] >> 3 in (1, 2, 3) and len(field[1]) > 1 and chance < 0.6
-        texts = ("a", "b", "ab", "aba", "\u2581", "\u2581a", "<0x41>", "<unk>", *_TEXTS[:-3])
+        texts = ("a", "b", "ab", "aba", "\u2581", "\u2581a", "<0x41>", "<unk>", *TEXTS[:-3])
         try:
-            field[1] = _protobuf(field[1], random) if inside else _bytes_of(random.choice(texts))
+            field[1] = _protobuf(field[1], random) if inside else bytes_of(random.choice(texts))
         except (IndexError, KeyError):
             field[1] = some_bytes(field[1], random)
     elif chance < 0.8 and isinstance(field[1], int):
-        field[1] = random.choice((*range(8), *_INTS[:-1]))
+        field[1] = random.choice((*range(8), *INTS[:-1]))
     elif chance < 0.85 and field[0] & 7 == 5:
         field[1] = struct.pack("<f", random.choice((0.0, -1.0, -2.0, -3.0, math.nan, math.inf, 3e38)))
     elif chance < 0.9:
@@ -689,7 +380,7 @@ def _numbers(data: bytes, random: Random) -> bytes:
     changed = bytearray(data)
     at = 4 * random.randrange(max(random.choice((7, 7, len(data) // 4)), 1))
     old = int.from_bytes(changed[at : at + 4], "little")
-    number = random.choice((old + 1, old - 1, -old, old * 2, random.choice(_INTS), random.randrange(40)))
+    number = random.choice((old + 1, old - 1, -old, old * 2, random.choice(INTS), random.randrange(40)))
     changed[at : at + 4] = (number % 2**32).to_bytes(4, "little")
     match random.randrange(8):
         case 0:
@@ -697,7 +388,7 @@ def _numbers(data: bytes, random: Random) -> bytes:
         case 1:
             changed += changed[-random.randrange(1, 65) :]
         case 2:
-            return bytes(data[:28]) + _some_values(data[28:], random)
+            return bytes(data[:28]) + some_values(data[28:], random)
     return bytes(changed)
 
 
@@ -713,7 +404,7 @@ def _text(data: bytes, random: Random) -> bytes:
         case 2:
             lines[i], lines[j] = lines[j], lines[i]
         case 3:
-            lines[i] = _bytes_of(random.choice(_TEXTS))
+            lines[i] = bytes_of(random.choice(TEXTS))
         case 4:
             lines[i] = some_bytes(lines[i], random)
     return b"\n".join(lines)

@@ -11,7 +11,8 @@ from random import Random
 
 import pytest
 
-from fuzz.mutations import dump, load, mutate, put_gguf, take_gguf, unbundle
+from fuzz.gguf_parts import put_gguf, take_gguf
+from fuzz.mutations import dump, load, mutate, unbundle
 from fuzz.readers import MAX_INPUT, READERS, outcome
 from fuzz.seeds import seeds
 
