@@ -99,6 +99,9 @@ class Checkpoint:
     chat_template: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.label}, {len(self.tensors)} tensors)"
+
     def __post_init__(self) -> None:
         shapes = tensor_shapes(self.config, self.head if "embed.weight" in self.tensors else None)
         for name in shapes:

@@ -3,6 +3,7 @@
 Results go to stdout, everything else to stderr. Exit codes: 0, 2 for an error of the user, 130 for Ctrl-C.
 """
 
+import signal
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -58,6 +59,10 @@ def main() -> None:
             # A terminal that lacks a character shows a question mark instead of ending the text.
             stream.reconfigure(errors="replace")
     args = sys.argv[1:] or ["--help"]
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            # Unfinished files are removed on the way out.
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     try:
         code = typer.main.get_command(app).main(args, prog_name="onebit", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -27,7 +27,8 @@ def convert(
         str | None,
         typer.Option(
             help="How linear layers are stored. .onebit: t80, r64, b128, bf16. GGUF: TQ2_0, TQ1_0, I2_S, Q2_0, Q1_0, "
-            "BF16, F16, F32. Folder: packed, dense. Default: the first that fits; a .onebit file keeps its own.",
+            "Q2_0_128, BF16, F16, F32. Folder: packed, dense. Default: the usual one that keeps codes as codes; "
+            "a .onebit file keeps its own.",
         ),
     ] = None,
     head: Annotated[
@@ -59,10 +60,12 @@ def convert(
         report, distance = run(src, dst, encoding, head, allow_lossy, verify, progress)
     console = Console(file=sys.stderr)
     console.print(changes_table(report))
+    for change in report.losses:
+        console.print(f"lost: {change.describe()}", highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     if distance:
-        console.print(f"verified: {distance.describe()}", highlight=False, markup=False)
+        console.print(f"verified, as onebit runs both: {distance.describe()}", highlight=False, markup=False)
     size = sum(file.stat().st_size for file in ([dst] if dst.is_file() else dst.iterdir()))
     before, after = report.source.label, report.made.label
     labels = after if before == after else f"{before} becomes {after}"
@@ -75,17 +78,15 @@ def changes_table(report: "Report") -> "Table":
     from onebit.cli.info import new_table
 
     sizes = {part.name: part for part in parts(report.made)}
-    table = new_table("part", "weights", "was", "is", "bits", "differ", "by up to", "scale")
+    table = new_table("part", "weights", "was", "is", "bits", "differ", "by up to")
     for change in report.changes:
-        differ, worst, ratio = "none", "", ""
+        differ, worst = "none", ""
         if change.by_definition and change.source != change.made:
             # Only the model's own rounding, which is what it was trained for.
             differ = "as trained"
         elif change.n_changed:
-            codes = f", {change.n_codes:,} codes" if change.n_codes else ""
-            differ, worst = f"{change.n_changed / change.n_weights:.1%}{codes}", f"{change.worst:.2g}"
-            ratio = "{:.4g}-{:.4g}".format(*change.scale_ratio)
+            differ, worst = f"{change.n_changed / change.n_weights:.2%}", f"{change.worst:.2g}"
         bits = f"{sizes[change.part].bits_per_weight:.2f}" if change.part in sizes else ""
-        weights = f"{change.n_weights / 1e6:,.2f} M"
-        table.add_row(change.part, weights, change.source, change.made, bits, differ, worst, ratio)
+        weights = f"{change.n_weights:,}" if change.n_weights < 1e6 else f"{change.n_weights / 1e6:,.2f} M"
+        table.add_row(change.part, weights, change.source, change.made, bits, differ, worst)
     return table

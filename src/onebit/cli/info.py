@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from onebit.checkpoint import Checkpoint
 
+# Characters of a text that comes with a file.
+_MAX_CELL = 200
+
 
 def info(
     model: Annotated[
@@ -97,11 +100,11 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     from onebit.formats.families import family
 
     config = checkpoint.config
-    table = new_table("model", str(path))
+    table = new_table("model", _plain(str(path)))
     source = checkpoint.provenance.get("source")
     if isinstance(source, dict) and not checkpoint.is_packed:
         for name, value in source.items():
-            table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+            table.add_row(_plain(name), _plain(value if isinstance(value, str) else json.dumps(value)))
     if not checkpoint.is_packed:
         # None has these flags together: it runs nevertheless, and below stands why it cannot leave.
         with suppress(ValueError):
@@ -174,11 +177,9 @@ def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
 
 
 def _provenance_table(checkpoint: "Checkpoint") -> "Table":
-    from rich.markup import escape
-
     table = new_table("provenance", "")
     for name, value in _summary(checkpoint.provenance):
-        table.add_row(escape(name), escape(value))
+        table.add_row(_plain(name), _plain(value))
     return table
 
 
@@ -193,6 +194,14 @@ def _summary(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         yield name, text[:16] if name == "corpus_sha256" else text
+
+
+def _plain(text: str) -> str:
+    """A text from a file for a cell: no markup, no escapes of a terminal, and not too long."""
+    from rich.markup import escape
+
+    shown = "".join(c if c.isprintable() else "?" for c in text[:_MAX_CELL])
+    return escape(shown + ("..." if len(text) > _MAX_CELL else ""))
 
 
 def new_table(*columns: str) -> "Table":

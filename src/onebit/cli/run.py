@@ -27,6 +27,9 @@ def run(
             "default: the shipped model.",
         ),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the prompt, as the model's chat template has it.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 40,
@@ -84,10 +87,11 @@ def run(
         _chat(llm, params)
         return
     assert prompt is not None
-    if _is_terminal(sys.stdout) and _is_terminal(sys.stderr):
+    if not chat and _is_terminal(sys.stdout) and _is_terminal(sys.stderr):
         # The whole text on a screen, the continuation alone in a file.
         print(prompt, end="", file=sys.stderr, flush=True)
-    _, ended = _stream(llm, prompt, params)
+    asked = llm.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
+    _, ended = _stream(llm, asked, params)
     if not ended:
         raise typer.Exit(130)
 

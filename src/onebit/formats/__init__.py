@@ -74,8 +74,6 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         if run.is_run(path):
             return run.read(path)
         raise ValueError(f"{path}: a folder without a model; expected {run.CONFIG} and {run.MODEL} in it")
-    if not path.is_file():
-        raise ValueError(f"{path}: neither a file nor a folder; expected a model")
     if gguf.is_model(path):
         return gguf.read(path)
     if llama2c.is_model(path):
@@ -90,7 +88,11 @@ def locate(path: str | os.PathLike[str]) -> Path:
         ValueError: see `hub.download`.
         OSError: nothing is there.
     """
+    if not os.fspath(path):
+        raise ValueError("the name of the model is empty; expected a file, a folder, or owner/name")
     if Path(path).exists():
+        if not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError(f"{path}: neither a file nor a folder; expected a model")
         return Path(path)
     if hub.is_hub_id(os.fspath(path)):
         return hub.download(os.fspath(path))
@@ -196,6 +198,9 @@ def convert(
         OSError: a file cannot be read or written.
     """
     dst = Path(dst)
+    if dst.is_symlink():
+        # What the link names is written, and the link stays.
+        dst = dst.resolve()
     if not dst.name:
         raise ValueError(f"{dst}: no name for a file or a folder; expected one, as in {dst / 'model.onebit'}")
     encodings(dst)
@@ -203,6 +208,8 @@ def convert(
         raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; make it first")
     if dst.suffix.lower() not in (SUFFIX, GGUF_SUFFIX):
         hf.check_replaceable(dst)
+        if dst.exists() and Path(src).exists() and dst.samefile(src):
+            raise ValueError(f"{dst}: is the source too, and would be lost; choose another folder")
     source = read(src)
     if dst.suffix.lower() == SUFFIX and not allow_lossy:
         # By the first rows of each matrix, before the work is done.

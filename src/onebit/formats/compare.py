@@ -64,9 +64,14 @@ class Change:
 
     def describe(self) -> str:
         """The change in words."""
-        text = f"{self.part}, {self.source} to {self.made}: {self.n_changed / self.n_weights:.1%} of the values differ"
+        text = f"{self.part}, {self.source} to {self.made}: {self.n_changed / self.n_weights:.2%} of the values differ"
         text += f", by up to {self.worst:.2g} of the largest ({self.worst_tensor})"
-        return text + (f"; {self.n_codes:,} codes differ" if self.n_codes else "")
+        if self.n_codes:
+            text += f"; {self.n_codes:,} codes differ"
+        low, high = self.scale_ratio
+        return text + (
+            f"; scales x {low:.6g} to {high:.6g}" if high - low < 0.01 and not self.n_codes else ""
+        )
 
 
 def compare(source: Checkpoint, made: Checkpoint, progress: Progress = lambda n: None) -> list[Change]:

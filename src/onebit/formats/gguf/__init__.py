@@ -126,11 +126,12 @@ def usual_kind(checkpoint: Checkpoint) -> str:
     if config.weights == "dense":
         widths = {width_of(tensor) for name, tensor in checkpoint.tensors.items() if config.is_linear(name)}
         return widths.pop() if len(widths) == 1 else "F32"
-    if config.weights == "b1":
-        return "Q1_0"
+    kinds = ["TQ2_0", "Q2_0", "Q1_0"]
     if family(config) == "bitnet" and config.activation == "relu2":
-        return "I2_S"
-    return "TQ2_0" if _misfit(config, "TQ2_0") is None else "Q2_0"
+        # llama.cpp does not run these; BitNet's fork does.
+        kinds = ["I2_S", *kinds]
+    coded = [kind for kind in kinds if SCHEMES[kind] == config.weights]
+    return next((kind for kind in coded if _misfit(config, kind) is None), coded[0])
 
 
 def refusals(checkpoint: Checkpoint) -> dict[str, str | None]:

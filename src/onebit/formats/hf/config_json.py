@@ -219,8 +219,11 @@ def _refuse_unsupported(values: Mapping[str, Any], model_type: str) -> None:
         # The class of Qwen2 reads neither: its biases are fixed.
         if _flag(values, name) and model_type != "qwen2":
             raise ValueError(f"{name} is true; onebit has biases of q, k and v alone, those of Qwen2")
-    has_window = values.get("sliding_window") is not None if model_type == "mistral" else False
-    if has_window or _flag(values, "use_sliding_window"):
+    window = values.get("sliding_window") if model_type == "mistral" else None
+    # One as wide as the context hides nothing.
+    context = values.get("max_position_embeddings")
+    is_wide = isinstance(window, int) and isinstance(context, int) and window >= context
+    if (window is not None and not is_wide) or _flag(values, "use_sliding_window"):
         raise ValueError(
             f"sliding_window is {shorten(values.get('sliding_window'))} and in use; onebit runs models whose tokens "
             "see the whole text"
