@@ -30,12 +30,7 @@ def test_a_name_in_a_file_cannot_command_the_terminal(tmp_path, monkeypatch, cap
     master.provenance["source"] = {"name": "a [/red]\x1b[2J\n" + "b" * 5000}
     gguf.write(master, tmp_path / "x.gguf", "F32")
     code, out, _ = says(monkeypatch, capsys, "info", tmp_path / "x.gguf")
-    assert (
-        code == 0
-        and "a [/red]?[2J?b" in "".join(line.strip() for line in out.splitlines())
-        and "\x1b" not in out
-        and len(out) < 8000
-    )
+    assert code == 0 and "[/red]?[2J?b" in out and "\x1b" not in out and len(out) < 8000
 
 
 def test_a_folder_is_not_replaced_by_what_is_made_of_it(tmp_path):
