@@ -229,7 +229,8 @@ def limit_gradient(y: Tensor, multiple: float) -> Tensor:
 
     Applied to the output of a linear layer: no single token moves the weights behind the codes at will.
     """
-    return _LimitGradient.apply(y, multiple)  # type: ignore[no-any-return]
+    limited: Tensor = _LimitGradient.apply(y, multiple)
+    return limited
 
 
 class _LimitGradient(torch.autograd.Function):
