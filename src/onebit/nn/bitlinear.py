@@ -90,13 +90,15 @@ def bit_linear(
     Returns:
         float32 [..., n_i] for each matrix.
     """
-    y = _BitLinear.apply(x, scheme, activations, granularity, temperature, *weights)
+    # Drawn here: torch.compile takes no random numbers inside of a function with its own gradient.
+    uniform = torch.rand_like(x, dtype=torch.float32) if temperature else None
+    y = _BitLinear.apply(x, scheme, activations, granularity, temperature, uniform, *weights)
     return y.split([w.shape[0] for w in weights], dim=-1)
 
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scheme, activations, granularity, temperature, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scheme, activations, granularity, temperature, uniform, *weights):  # type: ignore[no-untyped-def]
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
@@ -104,8 +106,8 @@ class _BitLinear(torch.autograd.Function):
             # Sums of such codes leave the whole numbers of float32.
             dtype = torch.float64
         quantized = [quantize_weights(w, scheme, granularity) for w in weights]
-        if temperature:
-            x_codes, x_scale = round_with_noise(x.float(), activations, temperature)
+        if uniform is not None:
+            x_codes, x_scale = round_with_noise(x.float(), activations, temperature, uniform)
         else:
             x_codes, x_scale = INPUT_QUANTIZERS[activations](x.float())
         x_codes = x_codes.to(dtype)
@@ -131,7 +133,7 @@ class _BitLinear(torch.autograd.Function):
         grad_x = ((grad_y * w_scale).to(dtype) @ w).float()
         scaled = (grad_y * x_scale).to(dtype).flatten(0, -2)
         grad_w = (scaled.T @ x_codes.flatten(0, -2)).float()
-        return grad_x, None, None, None, None, *grad_w.split(ctx.rows)
+        return grad_x, None, None, None, None, None, *grad_w.split(ctx.rows)
 
 
 def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: int) -> Tensor:
@@ -145,7 +147,9 @@ def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: 
     return y
 
 
-def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[Tensor, Tensor]:
+def round_with_noise(
+    x: Tensor, activations: str, temperature: float, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """Quantise activations by a draw: a code is more likely the nearer it is.
 
         P(upper neighbour) = sigmoid((fraction - 1/2) / temperature)        P(+1) = sigmoid(x / (scale temperature))
@@ -157,6 +161,7 @@ def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[T
         x: float32 [..., n].
         activations: a key of `quant.INPUT_QUANTIZERS`.
         temperature: above 0, in steps between codes.
+        uniform: random numbers between 0 and 1, like x.
 
     Returns:
         codes: [..., n]; scale: [..., 1].
@@ -164,7 +169,7 @@ def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[T
     Source: the Gumbel-max draw, arXiv:1611.01144.
     """
     codes, scale = INPUT_QUANTIZERS[activations](x)
-    exact, noise = x / scale, temperature * torch.rand_like(x).logit(eps=1e-6)
+    exact, noise = x / scale, temperature * uniform.logit(eps=1e-6)
     if activations == "a1":
         return (exact + noise > 0) * 2.0 - 1, scale
     below = exact.floor()
