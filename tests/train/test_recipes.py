@@ -96,6 +96,13 @@ def test_a_recipe_comes_back_from_its_file(name, tmp_path):
             read(path)
 
 
+def test_a_run_that_is_older_than_the_options_is_read(tmp_path):
+    values = build("stories").to_dict()
+    del values["options"], values["health_every"], values["model"]["hadamard"]
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    assert read(tmp_path / "recipe.json") == build("stories")
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if f"{name}-dense" in RECIPES])
 def test_twin_differs_in_its_weights_alone(name):
     recipe, twin = build(name), build(f"{name}-dense")
