@@ -79,7 +79,7 @@ def test_json_round_trip(changes):
         ({"d_head": 15}, "d_head 15 is odd"),
         ({"activation": "gelu"}, "activation is 'gelu'; expected one of silu, relu2"),
         ({"weights": ["b1"]}, "expected one of b1.58, b1, dense"),
-        ({"activations": "a2"}, "expected one of a15, a8, a4, a1, none"),
+        ({"activations": "a2"}, "expected one of a15, a8, a4.8, a4, a1, none"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "expected a positive number"),
@@ -192,3 +192,22 @@ def test_a_config_without_scaling_does_not_mention_it():
 def test_scalings_that_cannot_be_served_are_refused(scaling, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"rope_scaling": scaling})
+
+
+def test_rotated_inputs_need_powers_of_two_and_are_written_only_where_they_are():
+    config = tiny.config(hadamard=True, d_ff=64)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    # Configs of models without them stay as they were.
+    assert "hadamard" not in tiny.CONFIG.to_dict()
+    with pytest.raises(ValueError, match="hadamard with 80 inputs of down; expected a power of two"):
+        tiny.config(hadamard=True)
+    with pytest.raises(ValueError, match="hadamard is 1; expected true or false"):
+        tiny.config(hadamard=1)
+
+
+def test_inputs_of_a4_8_differ_by_layer():
+    config = tiny.config(activations="a4.8")
+    kinds = {name: config.input_quantizer(name) for name in config.linear_shapes()}
+    assert kinds == dict.fromkeys(kinds, "a4") | {"o": "a8-half", "down": "a8"}
+    assert config.label == "W1.58A4.8KV16"
+    assert {tiny.CONFIG.input_quantizer(name) for name in kinds} == {"a8"}

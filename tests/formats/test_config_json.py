@@ -265,3 +265,5 @@ def test_what_no_class_of_transformers_has():
         config_json.build(tiny.config(n_heads=5, n_kv_heads=5, sub_norm=False), "float32", None)
     with pytest.raises(ValueError, match="no other program has a model with these together"):
         config_json.build(tiny.config(qk_norm=True), "float32", None)
+    with pytest.raises(ValueError, match="no other program rotates the inputs"):
+        config_json.build(tiny.config(hadamard=True, d_ff=64), "float32", None)

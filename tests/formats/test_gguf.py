@@ -330,6 +330,7 @@ def test_a_model_without_vocabulary(tmp_path):
         ),
         ({"activation": "relu2"}, "F32", "no architecture of GGUF has relu2 without sub-norms"),
         ({"qk_norm": True, "sub_norm": True}, "F32", "it can only be kept as a .onebit file"),
+        ({"hadamard": True, "d_ff": 256}, "F32", "it can only be kept as a .onebit file"),
         ({"rope_scaling": RopeScaling("yarn", 2.0, 64, truncate=False)}, "F32", "no yarn without truncate"),
         (
             {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=16.0)},
