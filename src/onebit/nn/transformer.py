@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onebit.checkpoint import Checkpoint, granularity, rows
-from onebit.config import ModelConfig
+from onebit.config import ModelConfig, input_quantizer
 from onebit.nn import ordered
-from onebit.nn.bitlinear import bf16_rows, bit_linear, code_linear, int8_rows, int15_activations
+from onebit.nn.bitlinear import (
+    Rounding,
+    bf16_rows,
+    bit_linear,
+    blended_linear,
+    code_linear,
+    hadamard,
+    int8_rows,
+    int15_activations,
+    limit_gradient,
+)
 from onebit.nn.frozen import CodeLinear, frozen
 from onebit.packing import PackedTensor
+
+_EXACT = Rounding()
 
 
 class RMSNorm(nn.Module):
@@ -37,23 +49,33 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A float32 master matrix [out, in], for some with a bias; `Block` decides how it multiplies."""
+    """A float32 master matrix [out, in], for some with a bias; `Block` decides how it multiplies.
 
-    def __init__(self, n: int, k: int, bias: bool = False) -> None:
+    With a learned scale the master is gain * weight, a gain for each row: what is rounded, and what is saved.
+    """
+
+    def __init__(self, n: int, k: int, bias: bool = False, learned_scale: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n, k))
         if bias:
             self.bias = nn.Parameter(torch.zeros(n))
+        self.gain = nn.Parameter(torch.ones(n)) if learned_scale else None
         # What an adapter adds; see nn/lora.py.
         self.lora: nn.Module | None = None
+
+    @property
+    def master(self) -> Tensor:
+        """The matrix that the model multiplies by, before it is rounded; float32 [out, in]."""
+        return self.weight if self.gain is None else self.gain[:, None] * self.weight
 
 
 class Block(nn.Module):
     """Attention and gated feed-forward layer, each with a pre-norm and, where configured, a sub-norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rounding: Rounding, learned_scale: bool) -> None:
         super().__init__()
         self.config = config
+        self.rounding = rounding
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         if config.sub_norm:
@@ -63,27 +85,39 @@ class Block(nn.Module):
             self.q_norm = RMSNorm(config.d_head, config.norm_eps)
             self.k_norm = RMSNorm(config.d_head, config.norm_eps)
         for name, (n, k) in config.linear_shapes().items():
-            setattr(self, name, Linear(n, k, bias=config.qkv_bias and name in ("q", "k", "v")))
+            bias = config.qkv_bias and name in ("q", "k", "v")
+            setattr(self, name, Linear(n, k, bias, learned_scale))
 
     def linear(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
         """Multiply x [..., in] by the named matrices; they share its quantisation. Then biases, then adapters."""
         layers = [getattr(self, name) for name in names]
         results = []
-        for y, layer in zip(self._multiply(x, layers), layers, strict=True):
+        for y, layer in zip(self._multiply(x, layers, names[0]), layers, strict=True):
             y = y + layer.bias if hasattr(layer, "bias") else y
             results.append(y if layer.lora is None else y + layer.lora(x))
         return tuple(results)
 
-    def _multiply(self, x: Tensor, layers: list[Any]) -> tuple[Tensor, ...]:
-        c = self.config
+    def _multiply(self, x: Tensor, layers: list[Any], first: str) -> tuple[Tensor, ...]:
+        c, rounding = self.config, self.rounding if self.training else _EXACT
+        if c.hadamard and first in ("o", "down"):
+            x = hadamard(x)
+        kind = input_quantizer(rounding.activations or c.activations, first)
+        if rounding.notes is not None:
+            rounding.note(x, kind)
         if isinstance(layers[0], CodeLinear):
-            return code_linear(x, [(layer.codes, layer.scale) for layer in layers], c.activations, c.scale)
+            return code_linear(x, [(layer.codes, layer.scale) for layer in layers], kind, c.scale)
         if not isinstance(layers[0], Linear):
             return tuple(layer.logits(x) for layer in layers)
-        weights = tuple(layer.weight for layer in layers)
+        weights = tuple(layer.master for layer in layers)
         if c.weights == "dense":
             return F.linear(x, torch.cat(weights)).float().split([w.shape[0] for w in weights], dim=-1)
-        return bit_linear(x, weights, c.weights, c.activations, c.scale)
+        if rounding.strength is not None:
+            ys = blended_linear(x, weights, c.weights, kind, c.scale, rounding.strength)
+        else:
+            ys = bit_linear(x, weights, c.weights, kind, c.scale, rounding.temperature)
+        if rounding.gradient_limit:
+            ys = tuple(limit_gradient(y, rounding.gradient_limit) for y in ys)
+        return ys
 
     def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
         """One block; cos and sin are float32 [T, H / 2]."""
@@ -123,14 +157,21 @@ class Transformer(nn.Module):
         config: shape and flags.
         seed: of the initial weights: normal with deviation 0.02, o and down divided by sqrt(2 n_layers).
         head: how the engine will keep embedding and head: "q8" or "bf16".
+        learned_scale: the linear layers learn a gain for each of their rows, which is part of the saved weights.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, head: str = "q8") -> None:
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, head: str = "q8", learned_scale: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
+        # How a training step rounds; in eval mode the definitions hold.
+        self.rounding = Rounding()
         self.head_format = head
         self.embed: Any = Linear(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            Block(config, self.rounding, learned_scale) for _ in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied_head:
             self.head: Any = Linear(config.vocab_size, config.d_model)
@@ -184,6 +225,19 @@ class Transformer(nn.Module):
                 gain = nn.Parameter(torch.tensor(rows(name, tensor)), requires_grad=False)
                 model.get_submodule(path).weight = gain
         return model
+
+    def linear_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters behind the codes of the linear layers, by their canonical names."""
+        return {name: p for name, p in self.named_parameters() if self.config.is_linear(name)}
+
+    def masters(self) -> dict[str, Tensor]:
+        """The tensors of a float32 checkpoint, by their canonical names; learned scales are multiplied in."""
+        named = dict(self.named_parameters())
+        tensors = {}
+        for name in self.config.tensor_shapes():
+            gain = named.get(f"{name.removesuffix('.weight')}.gain")
+            tensors[name] = (named[name] if gain is None else gain[:, None] * named[name]).detach()
+        return tensors
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits of every position.
