@@ -222,8 +222,10 @@ class Transformer(nn.Module):
             elif kind == "bias":
                 model.get_submodule(path).register_buffer("bias", torch.tensor(rows(name, tensor)))
             else:
-                gain = nn.Parameter(torch.tensor(rows(name, tensor)), requires_grad=False)
-                model.get_submodule(path).weight = gain
+                # No parameter, but a constant: what has parameters learns.
+                norm = model.get_submodule(path)
+                del norm.weight
+                norm.register_buffer("weight", torch.tensor(rows(name, tensor)))
         return model
 
     def linear_weights(self) -> dict[str, nn.Parameter]:
