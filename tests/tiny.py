@@ -175,7 +175,7 @@ class FakeModel:
     def new_cache(self, n_blocks: int, kv_cache: str) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
 
-    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out) -> np.ndarray:
+    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out, adapters) -> np.ndarray:
         self.n_tokens.append(len(tokens))
         out[:] = 0
         for i, table in enumerate(block_tables):
