@@ -82,6 +82,8 @@ class Model:
         tensors = {name: _to_core(tensor) for name, tensor in checkpoint.tensors.items()}
         frequencies = np.array(self.config.rope_frequencies(), np.float32)
         isa, threads = choose_isa(isa), choose_threads(threads)
+        # Adapters that a sequence can ask for.
+        self.n_adapters = len(adapters)
         added = [(adapter.scale, _to_planes(adapter, self.config)) for adapter in adapters]
         try:
             self._core = _core.Model(
