@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebit.quant import (
-    INPUT_QUANTIZERS,
     A8_LEVELS,
     A15_LEVELS,
+    INPUT_QUANTIZERS,
     Granularity,
     dequantize,
     quantize_a15,
     quantize_rows,
     quantize_weights,
 )
-
 
 # Least and largest codes, where values are clipped; "a1" has two codes.
 _LIMITS = {

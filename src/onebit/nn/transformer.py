@@ -91,6 +91,8 @@ class Block(nn.Module):
     def linear(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
         """Multiply x [..., in] by the named matrices; they share its quantisation. Then biases, then adapters."""
         layers = [getattr(self, name) for name in names]
+        if self.config.hadamard and names[0] in ("o", "down"):
+            x = hadamard(x)
         results = []
         for y, layer in zip(self._multiply(x, layers, names[0]), layers, strict=True):
             y = y + layer.bias if hasattr(layer, "bias") else y
@@ -99,8 +101,6 @@ class Block(nn.Module):
 
     def _multiply(self, x: Tensor, layers: list[Any], first: str) -> tuple[Tensor, ...]:
         c, rounding = self.config, self.rounding if self.training else _EXACT
-        if c.hadamard and first in ("o", "down"):
-            x = hadamard(x)
         kind = input_quantizer(rounding.activations or c.activations, first)
         if rounding.notes is not None:
             rounding.note(x, kind)
