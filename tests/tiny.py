@@ -12,6 +12,7 @@ import tokenizers
 
 from onebit.checkpoint import Checkpoint, granularity, quantize, scale_shape
 from onebit.config import ModelConfig
+from onebit.formats.adapter import TARGETS, Adapter, LowRank
 from onebit.packing import MAX_CODE, TILE_ROWS, PackedTensor, from_bf16, pack, packed_shape, to_bf16
 from onebit.quant import quantize_weights
 
@@ -134,6 +135,21 @@ def coded(master: Checkpoint, encoding: str | None = None) -> Checkpoint:
         codes, scale = quantize_weights(master.tensors[name], config.weights, config.scale)
         rows[name] = PackedTensor(layout, codes.shape, pack(codes.astype(np.int8), layout), scale)
     return replace(packed, tensors=packed.tensors | rows)
+
+
+def adapter(
+    config: ModelConfig = CONFIG, rank: int = 5, seed: int = 0, targets=TARGETS, short: bool = True, layers=None
+) -> Adapter:
+    """A random adapter; with `short`, of numbers that bfloat16 holds."""
+    rng, pairs = np.random.default_rng(seed), {}
+    for i in range(config.n_layers) if layers is None else layers:
+        for target in targets:
+            n, k = config.linear_shapes()[target]
+            drawn = [rng.standard_normal((rank, k)) * k**-0.5, rng.standard_normal((n, rank)) * 0.2]
+            drawn = [w.astype(np.float32) for w in drawn]
+            pair = (from_bf16(to_bf16(w)) if short else w for w in drawn)
+            pairs[f"layers.{i}.{target}.weight"] = LowRank(*pair)
+    return Adapter(rank, 1.5 * rank, pairs)
 
 
 def synthetic(config: ModelConfig, encoding: str = "t80") -> Checkpoint:

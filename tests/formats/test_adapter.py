@@ -8,22 +8,9 @@ import pytest
 
 import tiny
 from onebit.formats import adapter as adapters
-from onebit.formats.adapter import Adapter, LowRank
-from onebit.packing import from_bf16, to_bf16
+from onebit.formats.adapter import Adapter
 
 CONFIG = tiny.config()
-
-
-def make(config=CONFIG, rank=3, seed=0, targets=adapters.TARGETS, short=True, layers=None, size=0.3) -> Adapter:
-    rng = np.random.default_rng(seed)
-    shapes, tensors = config.linear_shapes(), {}
-    for i in range(config.n_layers) if layers is None else layers:
-        for target in targets:
-            n, k = shapes[target]
-            pair = (rng.standard_normal((rank, k)) * k**-0.5, rng.standard_normal((n, rank)) * size)
-            pair = [w.astype(np.float32) for w in pair]
-            tensors[f"layers.{i}.{target}.weight"] = LowRank(*(from_bf16(to_bf16(w)) if short else w for w in pair))
-    return Adapter(rank, 2.0 * rank, tensors)
 
 
 def same(one: Adapter, other: Adapter) -> bool:
@@ -34,7 +21,7 @@ def same(one: Adapter, other: Adapter) -> bool:
 @pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("targets", [adapters.TARGETS, ("q", "v")])
 def test_what_is_written_is_read(short, targets, tmp_path):
-    adapter = make(targets=targets, short=short)
+    adapter = tiny.adapter(rank=3, targets=targets, short=short)
     adapters.write(adapter, tmp_path / "a", base="some.onebit")
     assert same(adapters.read(tmp_path / "a", CONFIG), adapter)
     found = tiny.read_safetensors(tmp_path / "a" / adapters.MODEL)
@@ -43,7 +30,7 @@ def test_what_is_written_is_read(short, targets, tmp_path):
 
 
 def test_names_and_shapes_are_those_of_peft(tmp_path):
-    adapters.write(make(), tmp_path)
+    adapters.write(tiny.adapter(rank=3), tmp_path)
     shapes = {name: shape for name, (_, shape, _) in tiny.read_safetensors(tmp_path / adapters.MODEL).items()}
     for i in range(2):
         prefix = f"base_model.model.model.layers.{i}."
@@ -54,20 +41,20 @@ def test_names_and_shapes_are_those_of_peft(tmp_path):
         assert shapes[prefix + "mlp.down_proj.lora_A.weight"] == [3, 80]
     assert len(shapes) == 28
     fields = json.loads((tmp_path / adapters.CONFIG).read_text())
-    assert fields["peft_type"] == "LORA" and fields["r"] == 3 and fields["lora_alpha"] == 6.0
+    assert fields["peft_type"] == "LORA" and fields["r"] == 3 and fields["lora_alpha"] == 4.5
 
 
 def test_the_scale_follows_the_rank():
-    adapter = make(rank=4)
-    assert adapter.scale == 2.0 and replace(adapter, rank_stabilized=True).scale == 4.0
+    adapter = tiny.adapter(rank=4)
+    assert adapter.scale == 1.5 and replace(adapter, rank_stabilized=True).scale == 3.0
     assert replace(adapter, alpha=0.4).scale == float(np.float32(0.1))
     a, b = adapter.tensors["layers.0.q.weight"]
-    assert np.allclose(adapter.delta("layers.0.q.weight"), 2 * b @ a, atol=1e-6)
+    assert np.allclose(adapter.delta("layers.0.q.weight"), 1.5 * b @ a, atol=1e-6)
 
 
 @pytest.mark.parametrize("other", [{"d_model": 64}, {"n_layers": 1}, {"d_ff": 96}])
 def test_an_adapter_of_another_model_is_refused(other, tmp_path):
-    adapters.write(make(), tmp_path)
+    adapters.write(tiny.adapter(rank=3), tmp_path)
     with pytest.raises(ValueError, match="another model|no linear layer"):
         adapters.read(tmp_path, tiny.config(**other))
 
@@ -82,7 +69,7 @@ def test_peft_reads_ours_and_we_read_theirs(tmp_path):
         vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=80, max_position_embeddings=192, tie_word_embeddings=True,
     )  # fmt: skip
-    adapter = make(config, targets=("q", "v", "down"), layers=[1])
+    adapter = tiny.adapter(config, targets=("q", "v", "down"), layers=[1])
     adapters.write(adapter, tmp_path / "ours", base="base")
     base = transformers.LlamaForCausalLM(shape).eval()
     before = {name: w.detach().clone() for name, w in base.named_parameters()}
