@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from onebit.checkpoint import Tensor as Stored
 from onebit.nn import ordered
-from onebit.nn.bitlinear import code_linear
+from onebit.nn.bitlinear import code_linear, int15_activations
 from onebit.packing import PackedTensor, bf16_rows, from_bf16, unpack
 from onebit.quant import Granularity, dequantize
 
@@ -45,6 +45,10 @@ class CodeLinear(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """As a head: the product with 15-bit activations. x: float32 [..., k] -> float32 [..., n]."""
+        if self.training:
+            # As masters are trained: sums of such codes are exact in float64 alone, which is slow.
+            rows = dequantize(self.codes.float(), self.scale)
+            return F.linear(int15_activations(x), rows).float()
         return code_linear(x, [(self.codes, self.scale)], "a15", self.granularity)[0]
 
 
