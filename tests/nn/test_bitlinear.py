@@ -101,7 +101,7 @@ def test_draws_are_neighbours_and_follow_their_probabilities(activations):
     torch.manual_seed(6)
     x = torch.randn(1, 64).expand(4000, 64)
     codes, scale = INPUT_QUANTIZERS[activations](x)
-    drawn, same_scale = round_with_noise(x, activations, 0.3)
+    drawn, same_scale = round_with_noise(x, activations, 0.3, torch.rand_like(x))
     assert torch.equal(scale, same_scale) and torch.equal(drawn, drawn.round())
     assert (drawn - codes).abs().max() <= (2 if activations == "a1" else 1)
     assert drawn.min() >= codes.min() - 1 and drawn.max() <= codes.max() + 1
@@ -113,7 +113,7 @@ def test_draws_are_neighbours_and_follow_their_probabilities(activations):
         probability = torch.sigmoid((exact - exact.floor() - 0.5) / 0.3)[inner]
         share = (drawn > exact.floor()).float().mean(0)[inner]
     assert (share - probability).abs().max() < 0.05
-    torch.testing.assert_close(round_with_noise(x[:1], activations, 1e-9)[0], codes[:1])
+    torch.testing.assert_close(round_with_noise(x[:1], activations, 1e-9, torch.rand(1, 64))[0], codes[:1])
 
 
 def test_hadamard_is_the_orthogonal_matrix_and_its_own_inverse():

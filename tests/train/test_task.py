@@ -89,7 +89,7 @@ def test_any_task_fits_with_arrays_of_its_own(tmp_path):
     fit(recipe, task, model, tmp_path)
     records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert asked == [False, False, True]
-    assert records[-1]["held_out_nats"] < 0.8 * records[9]["held_out_nats"]
+    assert records[-1]["held_out_nats"] < 0.9 * records[9]["held_out_nats"]
     assert records[0]["loss"] == pytest.approx(np.log(320), rel=0.1)
     checkpoint = run_folder.read(tmp_path)
     assert checkpoint.chat_template == tiny.CHAT_TEMPLATE

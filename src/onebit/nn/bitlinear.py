@@ -90,7 +90,9 @@ def bit_linear(
     Returns:
         float32 [..., n_i] for each matrix.
     """
-    y = _BitLinear.apply(x, scheme, activations, granularity, temperature, *weights)
+    # Drawn here: torch.compile takes no random numbers inside of a function with its own gradient.
+    uniform = torch.rand_like(x, dtype=torch.float32) if temperature else None
+    y = _BitLinear.apply(x, scheme, activations, granularity, temperature, uniform, *weights)
     return y.split([w.shape[0] for w in weights], dim=-1)
 
 
@@ -114,9 +116,9 @@ def code_linear(
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scheme, activations, granularity, temperature, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scheme, activations, granularity, temperature, uniform, *weights):  # type: ignore[no-untyped-def]
         quantized = [quantize_weights(w, scheme, granularity) for w in weights]
-        y, *saved = _multiply(x, quantized, activations, granularity, temperature)
+        y, *saved = _multiply(x, quantized, activations, granularity, temperature, uniform)
         ctx.save_for_backward(*saved)
         ctx.rows = [w.shape[0] for w in weights]
         return y
@@ -128,7 +130,7 @@ class _BitLinear(torch.autograd.Function):
         grad_x = ((grad_y * w_scale).to(dtype) @ w).float()
         scaled = (grad_y * x_scale).to(dtype).flatten(0, -2)
         grad_w = (scaled.T @ x_codes.flatten(0, -2)).float()
-        return grad_x, None, None, None, None, *grad_w.split(ctx.rows)
+        return grad_x, None, None, None, None, None, *grad_w.split(ctx.rows)
 
 
 class _CodeLinear(torch.autograd.Function):
@@ -156,14 +158,15 @@ def _multiply(
     activations: str,
     granularity: Granularity,
     temperature: float = 0.0,
+    uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The product, and what a gradient takes: codes and scale of x, rows and their scales."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if activations == "a15" and dtype == torch.float32:
         # Sums of such codes leave the whole numbers of float32.
         dtype = torch.float64
-    if temperature:
-        x_codes, x_scale = round_with_noise(x.float(), activations, temperature)
+    if uniform is not None:
+        x_codes, x_scale = round_with_noise(x.float(), activations, temperature, uniform)
     else:
         x_codes, x_scale = INPUT_QUANTIZERS[activations](x.float())
     x_codes = x_codes.to(dtype)
@@ -200,7 +203,9 @@ def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: 
     return y
 
 
-def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[Tensor, Tensor]:
+def round_with_noise(
+    x: Tensor, activations: str, temperature: float, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """Quantise activations by a draw: a code is more likely the nearer it is.
 
         P(upper neighbour) = sigmoid((fraction - 1/2) / temperature)        P(+1) = sigmoid(x / (scale temperature))
@@ -212,6 +217,7 @@ def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[T
         x: float32 [..., n].
         activations: a key of `quant.INPUT_QUANTIZERS`.
         temperature: above 0, in steps between codes.
+        uniform: random numbers between 0 and 1, like x.
 
     Returns:
         codes: [..., n]; scale: [..., 1].
@@ -219,7 +225,7 @@ def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[T
     Source: the Gumbel-max draw, arXiv:1611.01144.
     """
     codes, scale = INPUT_QUANTIZERS[activations](x)
-    exact, noise = x / scale, temperature * torch.rand_like(x).logit(eps=1e-6)
+    exact, noise = x / scale, temperature * uniform.logit(eps=1e-6)
     if activations == "a1":
         return (exact + noise > 0) * 2.0 - 1, scale
     below = exact.floor()
@@ -284,7 +290,8 @@ def limit_gradient(y: Tensor, multiple: float) -> Tensor:
 
     Applied to the output of a linear layer: no single token moves the weights behind the codes at will.
     """
-    return _LimitGradient.apply(y, multiple)  # type: ignore[no-any-return]
+    limited: Tensor = _LimitGradient.apply(y, multiple)
+    return limited
 
 
 class _LimitGradient(torch.autograd.Function):
