@@ -12,6 +12,7 @@ import tokenizers
 
 from onebit.checkpoint import Checkpoint, granularity, quantize, scale_shape
 from onebit.config import ModelConfig
+from onebit.formats.adapter import TARGETS, Adapter, LowRank
 from onebit.packing import MAX_CODE, TILE_ROWS, PackedTensor, from_bf16, pack, packed_shape, to_bf16
 from onebit.quant import quantize_weights
 
@@ -136,6 +137,21 @@ def coded(master: Checkpoint, encoding: str | None = None) -> Checkpoint:
     return replace(packed, tensors=packed.tensors | rows)
 
 
+def adapter(
+    config: ModelConfig = CONFIG, rank: int = 5, seed: int = 0, targets=TARGETS, short: bool = True, layers=None
+) -> Adapter:
+    """A random adapter; with `short`, of numbers that bfloat16 holds."""
+    rng, pairs = np.random.default_rng(seed), {}
+    for i in range(config.n_layers) if layers is None else layers:
+        for target in targets:
+            n, k = config.linear_shapes()[target]
+            drawn = [rng.standard_normal((rank, k)) * k**-0.5, rng.standard_normal((n, rank)) * 0.2]
+            drawn = [w.astype(np.float32) for w in drawn]
+            pair = (from_bf16(to_bf16(w)) if short else w for w in drawn)
+            pairs[f"layers.{i}.{target}.weight"] = LowRank(*pair)
+    return Adapter(rank, 1.5 * rank, pairs)
+
+
 def synthetic(config: ModelConfig, encoding: str = "t80") -> Checkpoint:
     """A packed model of any size in no time: valid bytes and scales, repeated, without meaning."""
     rng = np.random.default_rng(0)
@@ -175,7 +191,7 @@ class FakeModel:
     def new_cache(self, n_blocks: int, kv_cache: str) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
 
-    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out) -> np.ndarray:
+    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out, adapters) -> np.ndarray:
         self.n_tokens.append(len(tokens))
         out[:] = 0
         for i, table in enumerate(block_tables):

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "onebit/adapter.h"
 #include "onebit/kernels.h"
 #include "onebit/kv_cache.h"
 #include "onebit/model.h"
@@ -38,6 +39,7 @@ constexpr int kMaxKernels = 16;
 // 127 * 127 * inputs must fit an int32 sum.
 constexpr std::int64_t kMaxInputs = 1 << 17;
 constexpr int kMaxThreads = 1024;
+constexpr std::int64_t kMaxRank = 1 << 14;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -323,6 +325,61 @@ onebit::ModelWeights read_weights(const onebit::ModelConfig& config, bool tied_h
   return weights;
 }
 
+// bfloat16 [n_planes, n, k padded], whose sum is a float32 matrix [n, k].
+onebit::Planes read_planes(nb::handle value, const std::string& name, int n, int k,
+                           std::vector<nb::ndarray<nb::ro, nb::device::cpu>>& owners) {
+  auto planes = array<std::uint16_t>(value, name, 3);
+  const std::int64_t width = onebit::pad_inputs(k);
+  require(planes.size(0) >= 1 && planes.size(0) <= 3 && planes.size(1) == n && planes.size(2) == width, name,
+          ": expected 1 to 3 planes of ", shape_text({n, width}), ", not ",
+          shape_text({planes.size(0), planes.size(1), planes.size(2)}));
+  owners.push_back(std::move(planes.owner));
+  return {planes.data, static_cast<int>(owners.back().shape(0)), n, k};
+}
+
+// tensors: {"layers.0.q.weight": (planes of A, planes of B)}, of some linear layers or all.
+onebit::Adapter read_adapter(const onebit::ModelConfig& config, nb::handle scale, nb::dict tensors,
+                             std::vector<nb::ndarray<nb::ro, nb::device::cpu>>& owners) {
+  using onebit::AdapterLayer;
+  const int q_width = config.n_heads * config.d_head;
+  const int kv_width = config.n_kv_heads * config.d_head;
+  struct Target {
+    const char* name;
+    onebit::LowRank AdapterLayer::* matrix;
+    int n;
+    int k;
+  };
+  const Target targets[] = {{"q", &AdapterLayer::q, q_width, config.d_model},
+                            {"k", &AdapterLayer::k, kv_width, config.d_model},
+                            {"v", &AdapterLayer::v, kv_width, config.d_model},
+                            {"o", &AdapterLayer::o, config.d_model, q_width},
+                            {"gate", &AdapterLayer::gate, config.d_ff, config.d_model},
+                            {"up", &AdapterLayer::up, config.d_ff, config.d_model},
+                            {"down", &AdapterLayer::down, config.d_model, config.d_ff}};
+  const auto factor = nb::cast<float>(scale);
+  require(std::isfinite(factor), "adapter: the scale is not finite");
+  onebit::Adapter adapter(static_cast<std::size_t>(config.n_layers));
+  std::size_t n_found = 0;
+  for (int i = 0; i < config.n_layers; ++i) {
+    for (const Target& target : targets) {
+      const std::string name = "layers." + std::to_string(i) + "." + target.name + ".weight";
+      if (!tensors.contains(name.c_str())) continue;
+      const nb::handle pair = tensors[name.c_str()];
+      require(nb::isinstance<nb::tuple>(pair) && nb::len(pair) == 2, name, ": expected the planes of A and of B");
+      const auto first = array<std::uint16_t>(pair[0], name, 3);
+      const std::int64_t rank = first.size(1);
+      require(rank >= 1 && rank <= kMaxRank, name, ": the rank is ", rank, "; expected 1 to ", kMaxRank);
+      onebit::LowRank& low = adapter[static_cast<std::size_t>(i)].*target.matrix;
+      low.a = read_planes(pair[0], name + ", A", static_cast<int>(rank), target.k, owners);
+      low.b = read_planes(pair[1], name + ", B", target.n, static_cast<int>(rank), owners);
+      low.scale = factor;
+      ++n_found;
+    }
+  }
+  require(n_found == nb::len(tensors), "adapter: holds a tensor that is no linear layer of the model");
+  return adapter;
+}
+
 // A model together with the arrays it borrows.
 struct OwnedModel {
   std::vector<nb::ndarray<nb::ro, nb::device::cpu>> owners;
@@ -330,7 +387,7 @@ struct OwnedModel {
 };
 
 OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa, int threads,
-                      bool int4_shortlist) {
+                      bool int4_shortlist, nb::list adapters) {
   const onebit::Kernels* kernels = onebit::find_kernels(isa.c_str());
   require(kernels != nullptr, "isa ", isa, " is not available on this machine");
   require(threads >= 1 && threads <= kMaxThreads, "threads is ", threads, "; expected 1 to ", kMaxThreads);
@@ -350,7 +407,14 @@ OwnedModel make_model(nb::handle config, nb::dict tensors, nb::handle inv_freq, 
     require(frequencies.data[i] >= 0.0f && frequencies.data[i] <= 1.0f, "inv_freq: expected values from 0 to 1");
   }
   weights.inv_freq.assign(frequencies.data, frequencies.data + values.d_head / 2);
-  return {source.take_owners(), std::make_unique<onebit::Model>(values, std::move(weights), *kernels, threads)};
+  auto owners = source.take_owners();
+  std::vector<onebit::Adapter> added;
+  for (const nb::handle adapter : adapters) {
+    require(nb::isinstance<nb::tuple>(adapter) && nb::len(adapter) == 2, "adapters: expected (scale, tensors)");
+    added.push_back(read_adapter(values, adapter[0], nb::cast<nb::dict>(adapter[1]), owners));
+  }
+  auto model = std::make_unique<onebit::Model>(values, std::move(weights), *kernels, threads, std::move(added));
+  return {std::move(owners), std::move(model)};
 }
 
 onebit::KvCache new_cache(const onebit::ModelConfig& config, std::int64_t n_blocks, const std::string& kv_cache) {
@@ -398,7 +462,7 @@ void check_sequences(const onebit::Batch& batch, int n_blocks) {
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts, nb::handle block_tables,
-             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Logits logits) {
+             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Logits logits, nb::handle adapters) {
   const onebit::ModelConfig& config = self.model->config();
   const auto tokens_T = array<std::int32_t>(tokens, "tokens", 1);
   const auto positions_T = array<std::int32_t>(positions, "positions", 1);
@@ -417,6 +481,13 @@ void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::hand
   check_range(rows_R, "rows", tokens_T.size(0));
   require(top_k_R.size(0) == rows_R.size(0), "top_k: expected one for each of the ", rows_R.size(0), " rows");
   check_range(top_k_R, "top_k", std::int64_t{config.vocab_size} + 1);
+  const auto adapters_S = array<std::int32_t>(adapters, "adapters", 1);
+  require(adapters_S.size(0) == tables_SB.size(0), "adapters: expected one for each of the ", tables_SB.size(0),
+          " sequences");
+  for (std::int64_t i = 0; i < adapters_S.size(0); ++i) {
+    require(adapters_S.data[i] >= -1 && adapters_S.data[i] < self.model->n_adapters(), "adapters[", i, "] is ",
+            adapters_S.data[i], "; the model has ", self.model->n_adapters(), " adapters, and -1 is none");
+  }
   require(
       cache.n_layers() == config.n_layers && cache.n_kv_heads() == config.n_kv_heads && cache.d_head() == config.d_head,
       "cache: made for a model of another shape");
@@ -431,6 +502,7 @@ void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::hand
       .n_seqs = static_cast<int>(tables_SB.size(0)),
       .table_width = static_cast<int>(tables_SB.size(1)),
       .n_rows = static_cast<int>(rows_R.size(0)),
+      .adapters = adapters_S.data,
   };
   check_sequences(batch, cache.n_blocks());
 
@@ -567,15 +639,18 @@ NB_MODULE(_core, m) {
       .def(
           "__init__",
           [](OwnedModel* self, nb::handle config, nb::dict tensors, nb::handle inv_freq, const std::string& isa,
-             int threads, bool int4_shortlist) {
-            new (self) OwnedModel(make_model(config, std::move(tensors), inv_freq, isa, threads, int4_shortlist));
+             int threads, bool int4_shortlist, nb::list adapters) {
+            new (self) OwnedModel(
+                make_model(config, std::move(tensors), inv_freq, isa, threads, int4_shortlist, std::move(adapters)));
           },
-          "config"_a, "tensors"_a, "inv_freq"_a, "isa"_a, "threads"_a, "int4_shortlist"_a,
+          "config"_a, "tensors"_a, "inv_freq"_a, "isa"_a, "threads"_a, "int4_shortlist"_a, "adapters"_a,
           nb::sig("def __init__(self, config: object, tensors: dict[str, PackedMatrix | "
                   "numpy.typing.NDArray[numpy.float32] | numpy.typing.NDArray[numpy.uint16]], "
                   "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int, "
-                  "int4_shortlist: bool) -> None"),
-          "config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2].")
+                  "int4_shortlist: bool, adapters: list[tuple[float, dict[str, tuple[numpy.typing.NDArray[numpy.uint16], "
+                  "numpy.typing.NDArray[numpy.uint16]]]]]) -> None"),
+          "config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]; "
+          "adapters: (scale, planes of A and B by tensor) each.")
       .def(
           "new_cache",
           [](const OwnedModel& self, std::int64_t n_blocks, const std::string& kv_cache) {
@@ -584,12 +659,13 @@ NB_MODULE(_core, m) {
           "n_blocks"_a, "kv_cache"_a,
           "A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8.")
       .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "top_k"_a,
-           "cache"_a, "logits"_a.noconvert(),
+           "cache"_a, "logits"_a.noconvert(), "adapters"_a,
            nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "
                    "numpy.typing.NDArray[numpy.int32], "
                    "seq_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], "
                    "rows: numpy.typing.NDArray[numpy.int32], top_k: numpy.typing.NDArray[numpy.int32], "
-                   "cache: KvCache, logits: numpy.typing.NDArray[numpy.float32]) -> None"),
+                   "cache: KvCache, logits: numpy.typing.NDArray[numpy.float32], "
+                   "adapters: numpy.typing.NDArray[numpy.int32]) -> None"),
            "Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
       .def_prop_ro(
           "isa", [](const OwnedModel& self) { return std::string(self.model->kernels().name); },

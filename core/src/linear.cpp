@@ -177,16 +177,15 @@ Chunks Chunks::of(const PackedMatrix& matrix) {
 
 int Chunks::length(int chunk) const { return std::min(kMaxDotInputs, group - chunk % per_group * kMaxDotInputs); }
 
-void QuantizedRows::resize(const PackedMatrix& matrix, int rows, Activations kind) {
+void QuantizedRows::resize(const PackedMatrix& matrix, int rows, Activations kind, bool keep_floats) {
   activations = kind;
   n_rows = rows;
   n_planes = kind == Activations::kA15 ? 2 : 1;
   k = matrix.k;
   ld = pad_inputs(k);
-  if (kind == Activations::kNone) {
-    floats.reserve(static_cast<std::size_t>(rows) * ld);
-    return;
-  }
+  keeps_floats = keep_floats || kind == Activations::kNone;
+  if (keeps_floats) floats.reserve(static_cast<std::size_t>(rows) * ld);
+  if (kind == Activations::kNone) return;
   chunks = Chunks::of(matrix);
   codes.reserve(static_cast<std::size_t>(rows) * n_planes * ld);
   sums.reserve(static_cast<std::size_t>(rows) * n_planes * chunks.count());
@@ -195,9 +194,9 @@ void QuantizedRows::resize(const PackedMatrix& matrix, int rows, Activations kin
 }
 
 void QuantizedRows::write(const Kernels& kernels, const float* x, int row) {
+  if (keeps_floats) std::copy_n(x, k, floats.get() + static_cast<std::size_t>(row) * ld);
   switch (activations) {
     case Activations::kNone:
-      std::copy_n(x, k, floats.get() + static_cast<std::size_t>(row) * ld);
       return;
     case Activations::kA15:
       kernels.quantize_a15(x, k, ld, row_codes(0, row), row_codes(1, row), scale.get() + row);

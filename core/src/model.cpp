@@ -61,11 +61,13 @@ struct Model::Workspace {
   float* row(int share, int i) { return rows.get() + (2 * static_cast<std::size_t>(share) + i) * row_width; }
 };
 
-Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads)
+Model::Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads,
+             std::vector<Adapter> adapters)
     : config_(config),
       weights_(std::move(weights)),
       kernels_(kernels),
       pool_(n_threads),
+      adapters_(std::move(adapters), kernels),
       attention_(kernels, config.n_heads, config.n_kv_heads, config.d_head, n_threads),
       head_(weights_.head, kernels, pool_),
       workspace_(std::make_unique<Workspace>()) {
@@ -85,12 +87,13 @@ void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
   StandardFloatMode float_mode;
   reserve(batch);
   attention_.begin(batch, cache.format());
+  adapters_.begin(batch);
   pool_.begin();
   embed(batch);
   for (int layer = 0; layer < config_.n_layers; ++layer) {
     attention(batch, cache, layer);
     for (int first = 0; first < batch.n_tokens; first += kFfnTokens) {
-      feed_forward(weights_.layers[layer], first, std::min(batch.n_tokens - first, kFfnTokens));
+      feed_forward(layer, first, std::min(batch.n_tokens - first, kFfnTokens));
     }
   }
   head(batch, logits);
@@ -146,7 +149,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   const int q_width = config_.n_heads * d_head;
   const int kv_width = n_kv_heads * d_head;
 
-  w.codes.resize(weights.q, batch.n_tokens, config_.activations);
+  w.codes.resize(weights.q, batch.n_tokens, config_.activations, adapters_.are_used());
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
@@ -157,6 +160,11 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   });
   const LinearOutput qkv[] = {{&weights.q, w.q_TNH}, {&weights.k, w.k_TKH}, {&weights.v, w.v_TKH}};
   linear(kernels_, pool_, qkv, w.codes);
+  if (config_.qkv_bias) add_biases(weights, batch.n_tokens);
+  const AdaptedOutput adapted_qkv[] = {{&AdapterLayer::q, w.q_TNH, q_width},
+                                       {&AdapterLayer::k, w.k_TKH, kv_width},
+                                       {&AdapterLayer::v, w.v_TKH, kv_width}};
+  adapters_.add(pool_, layer, adapted_qkv, w.codes.floats.get(), w.codes.ld, 0, batch.n_tokens);
 
   pool_.run(batch.n_tokens, [&](int, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
@@ -165,11 +173,6 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       float* q_NH = w.q_TNH + t * q_width;
       float* k_KH = w.k_TKH + t * kv_width;
       float* v_KH = w.v_TKH + t * kv_width;
-      if (config_.qkv_bias) {
-        kernels_.add(weights.q_bias, q_width, q_NH);
-        kernels_.add(weights.k_bias, kv_width, k_KH);
-        kernels_.add(weights.v_bias, kv_width, v_KH);
-      }
       if (config_.qk_norm) {
         norm_heads(weights.q_norm, config_.n_heads, q_NH);
         norm_heads(weights.k_norm, n_kv_heads, k_KH);
@@ -186,7 +189,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   });
   attention_.run(pool_, batch, cache, layer, w.q_TNH);
 
-  w.codes.resize(weights.o, batch.n_tokens, config_.o_activations);
+  w.codes.resize(weights.o, batch.n_tokens, config_.o_activations, adapters_.are_used());
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     for (int t = begin; t < end; ++t) {
       float* a_NH = w.q_TNH + static_cast<std::size_t>(t) * q_width;
@@ -200,7 +203,22 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   });
   const LinearOutput o[] = {{&weights.o, w.y_TD}};
   linear(kernels_, pool_, o, w.codes);
+  const AdaptedOutput adapted_o[] = {{&AdapterLayer::o, w.y_TD, d_model}};
+  adapters_.add(pool_, layer, adapted_o, w.codes.floats.get(), w.codes.ld, 0, batch.n_tokens);
   add_residual(0, batch.n_tokens);
+}
+
+void Model::add_biases(const LayerWeights& layer, int n_tokens) {
+  Workspace& w = *workspace_;
+  const int q_width = config_.n_heads * config_.d_head;
+  const int kv_width = config_.n_kv_heads * config_.d_head;
+  pool_.run(n_tokens, [&](int, int begin, int end) {
+    for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
+      kernels_.add(layer.q_bias, q_width, w.q_TNH + t * q_width);
+      kernels_.add(layer.k_bias, kv_width, w.k_TKH + t * kv_width);
+      kernels_.add(layer.v_bias, kv_width, w.v_TKH + t * kv_width);
+    }
+  });
 }
 
 void Model::norm_heads(const float* gain, int n_heads, float* x) const noexcept {
@@ -210,12 +228,13 @@ void Model::norm_heads(const float* gain, int n_heads, float* x) const noexcept 
   }
 }
 
-void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
+void Model::feed_forward(int index, int first, int n_tokens) {
   Workspace& w = *workspace_;
+  const LayerWeights& layer = weights_.layers[index];
   const int d_model = config_.d_model;
   const int d_ff = config_.d_ff;
 
-  w.codes.resize(layer.gate, n_tokens, config_.activations);
+  w.codes.resize(layer.gate, n_tokens, config_.activations, adapters_.are_used());
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     float* h_D = w.row(share, 0);
     for (int t = begin; t < end; ++t) {
@@ -226,9 +245,11 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
   });
   const LinearOutput gate_up[] = {{&layer.gate, w.gate_TF}, {&layer.up, w.up_TF}};
   linear(kernels_, pool_, gate_up, w.codes);
+  const AdaptedOutput adapted_gate_up[] = {{&AdapterLayer::gate, w.gate_TF, d_ff}, {&AdapterLayer::up, w.up_TF, d_ff}};
+  adapters_.add(pool_, index, adapted_gate_up, w.codes.floats.get(), w.codes.ld, first, n_tokens);
 
   const auto activate = config_.activation == FfnActivation::kSilu ? kernels_.silu_mul : kernels_.relu2_mul;
-  w.codes.resize(layer.down, n_tokens, config_.down_activations);
+  w.codes.resize(layer.down, n_tokens, config_.down_activations, adapters_.are_used());
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       float* f_F = w.row(share, 0);
@@ -243,6 +264,8 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
   });
   const LinearOutput down[] = {{&layer.down, w.y_TD}};
   linear(kernels_, pool_, down, w.codes);
+  const AdaptedOutput adapted_down[] = {{&AdapterLayer::down, w.y_TD, d_model}};
+  adapters_.add(pool_, index, adapted_down, w.codes.floats.get(), w.codes.ld, first, n_tokens);
   add_residual(first, n_tokens);
 }
 

@@ -74,8 +74,14 @@ class Model:
         isa: str,
         threads: int,
         int4_shortlist: bool,
+        adapters: list[
+            tuple[
+                float,
+                dict[str, tuple[numpy.typing.NDArray[numpy.uint16], numpy.typing.NDArray[numpy.uint16]]],
+            ]
+        ],
     ) -> None:
-        """config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]."""
+        """config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]; adapters: (scale, planes of A and B by tensor) each."""
 
     def new_cache(self, n_blocks: int, kv_cache: str) -> KvCache:
         """A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8."""
@@ -90,6 +96,7 @@ class Model:
         top_k: numpy.typing.NDArray[numpy.int32],
         cache: KvCache,
         logits: numpy.typing.NDArray[numpy.float32],
+        adapters: numpy.typing.NDArray[numpy.int32],
     ) -> None:
         """Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""
 

@@ -20,13 +20,22 @@ import numpy as np
 
 from onebit import formats
 from onebit.checkpoint import Checkpoint, quantize
-from onebit.engine.engine import MAX_STEP_TOKENS, Engine, Generation, check_tokens, count_positions
+from onebit.engine.engine import (
+    MAX_STEP_TOKENS,
+    NO_ADAPTER,
+    Engine,
+    Generation,
+    check_tokens,
+    count_positions,
+)
 from onebit.engine.memory import KV_FORMATS, available_bytes, in_huge_pages, position_bytes
 from onebit.engine.model import BLOCK_TOKENS, Float32, Model
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.speculation import Speculation
 from onebit.engine.tokenizer import Tokenizer
+from onebit.formats import adapter as adapter_format
 from onebit.formats import cache
+from onebit.formats.adapter import Adapter
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "stories.onebit"
 
@@ -118,9 +127,10 @@ class LLM:
         huge_pages: move a large model from the mapped file to huge pages, where there is memory for both: faster by up
             to a third, for 0.2 s per gigabyte, or more where the system has to find the memory first. Without them
             processes share the pages of the file.
+        adapters: low-rank changes by name, which a text can ask for; see `onebit.formats.adapter.read`.
 
     Raises:
-        ValueError: an unknown kv_cache or shortlist, a shortlist for a head of weight codes, or heads too wide for
+        ValueError: an unknown kv_cache or shortlist, an adapter of another model, a shortlist for a head of weight codes, or heads too wide for
             "int8".
     """
 
@@ -132,6 +142,7 @@ class LLM:
         speculation: bool = True,
         shortlist: str | None = None,
         huge_pages: bool = True,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
         if shortlist not in (None, "int4"):
             raise ValueError(f"shortlist is {shortlist!r}; expected 'int4' or None")
@@ -143,7 +154,9 @@ class LLM:
         self.config = checkpoint.config
         self.shortlist = shortlist
         self.kv_cache = kv_cache
-        self.model = Model(self.checkpoint, threads, int4_shortlist=shortlist == "int4")
+        self.adapters = tuple(adapters or ())
+        added = list((adapters or {}).values())
+        self.model = Model(self.checkpoint, threads, int4_shortlist=shortlist == "int4", adapters=added)
         # Says now, not with the first text, if this model cannot have such a cache.
         self.model.new_cache(1, kv_cache)
         # Of all calls: what a row costs is learned once.
@@ -177,13 +190,27 @@ class LLM:
         return self._tokenizer
 
     @overload
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Output: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        **sampling: Any,
+    ) -> Output: ...
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        **sampling: Any,
     ) -> list[Output]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        **sampling: Any,
     ) -> Output | list[Output]:
         """Continue one text or several at once.
 
@@ -194,50 +221,63 @@ class LLM:
             prompt: a text, token ids, or a list of either. An empty one starts from the model's begin- or
                 end-of-text token.
             params: how tokens are chosen.
+            adapter: name of the adapter that the texts run with, or for a list one for each, None being none. The
+                same text comes whatever adapters its company has.
             **sampling: the fields of SamplingParams, instead of params.
 
         Returns:
             The text, or a list of them for a list.
 
         Raises:
-            ValueError: a prompt that is too long or holds unknown ids, or a parameter out of range.
+            ValueError: a prompt that is too long or holds unknown ids, an unknown adapter, or a parameter out of range.
             MemoryError: a text whose keys and values would not fit into the memory that is available.
         """
         is_list = not isinstance(prompt, str) and any(not isinstance(i, Integral) for i in _items(prompt))
         prompts: Sequence[Any] = prompt if is_list else [prompt]
-        engine, requests = self._begin(prompts, _params(params, sampling))
+        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        engine, requests = self._begin(prompts, _params(params, sampling), names)
         for _ in engine.run():
             pass
         outputs = [_output(request) for request in requests]
         return outputs if is_list else outputs[0]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        **sampling: Any,
     ) -> Iterator[Piece]:
         """Continue one text, token by token; arguments and text are those of `generate`."""
-        engine, (request,) = self._begin([prompt], _params(params, sampling))
+        engine, (request,) = self._begin([prompt], _params(params, sampling), [adapter])
         return _pieces(engine, request)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **sampling: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        **sampling: Any,
     ) -> Output:
         """Answer a conversation; to stream the answer, use `stream(llm.tokenizer.encode_chat(messages))`.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
             params: how tokens are chosen.
+            adapter: name of the adapter that answers, or None.
             **sampling: the fields of SamplingParams, instead of params.
 
         Raises:
             ValueError: a model without chat template, or see `generate`.
         """
-        return self.generate(self.tokenizer.encode_chat(messages), params, **sampling)
+        return self.generate(self.tokenizer.encode_chat(messages), params, adapter, **sampling)
 
-    def logits(self, prompt: Prompt) -> Float32:
+    def logits(self, prompt: Prompt, adapter: str | None = None) -> Float32:
         """Scores of every possible next token after each token.
 
         Args:
             prompt: a text or token ids.
+            adapter: name of the adapter to run with, or None.
 
         Returns:
             float32 [T, V].
@@ -249,16 +289,23 @@ class LLM:
         check_tokens(self.config, tokens)
         n_blocks = -(-len(tokens) // BLOCK_TOKENS)
         cache = self.model.new_cache(n_blocks, self.kv_cache)
+        which = np.array([self._adapter(adapter)], np.int32)
         table = np.arange(n_blocks, dtype=np.int32).reshape(1, -1)
         chunks = []
         for start in range(0, len(tokens), MAX_STEP_TOKENS):
             ids = np.array(tokens[start : start + MAX_STEP_TOKENS], np.int32)
             rows = np.arange(len(ids), dtype=np.int32)
             ends = np.array([0, len(ids)], np.int32)
-            chunks.append(self.model.forward(ids, rows + np.int32(start), ends, table, rows, cache))
+            at = rows + np.int32(start)
+            chunks.append(self.model.forward(ids, at, ends, table, rows, cache, adapters=which))
         return np.concatenate(chunks)
 
-    def _begin(self, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Engine, list[Generation]]:
+    def _begin(
+        self, prompts: Sequence[Prompt], params: SamplingParams, adapters: Sequence[str | None]
+    ) -> tuple[Engine, list[Generation]]:
+        which = [self._adapter(name) for name in adapters]
+        if len(which) != len(prompts):
+            raise ValueError(f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each")
         encoded = [self._encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
         available = available_bytes()
@@ -275,7 +322,16 @@ class LLM:
             speculation=self._speculation,
             kv_cache=self.kv_cache,
         )
-        return engine, [engine.add(tokens, params) for tokens in encoded]
+        pairs = zip(encoded, which, strict=True)
+        return engine, [engine.add(tokens, params, adapter) for tokens, adapter in pairs]
+
+    def _adapter(self, name: str | None) -> int:
+        if name is None:
+            return NO_ADAPTER
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none: give them to load"
+            raise ValueError(f"adapter {name!r} is unknown; this model has {known}")
+        return self.adapters.index(name)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -298,6 +354,7 @@ def load(
     speculation: bool = True,
     shortlist: str | None = None,
     huge_pages: bool = True,
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -309,9 +366,10 @@ def load(
         speculation: see LLM.
         shortlist: None or "int4"; see LLM.
         huge_pages: see LLM.
+        adapters: folders of adapters, by names to ask for them with.
 
     Raises:
-        ValueError: a damaged file, or an unknown kv_cache or shortlist.
+        ValueError: a damaged file, an adapter of another model, or an unknown kv_cache or shortlist.
         OSError: a file that cannot be read.
     """
     ready, report = (SHIPPED_MODEL, None) if path is None else cache.ready(path)
@@ -319,7 +377,10 @@ def load(
         # As many as the engine needs to be changed to run it.
         warnings.warn(f"{path}: {change.describe()}", UserWarning, stacklevel=2)
     checkpoint = formats.read(ready)
-    return LLM(checkpoint, threads, kv_cache, speculation, shortlist, huge_pages)
+    added = {
+        name: adapter_format.read(folder, checkpoint.config) for name, folder in (adapters or {}).items()
+    }
+    return LLM(checkpoint, threads, kv_cache, speculation, shortlist, huge_pages, added)
 
 
 def _items(prompt: Any) -> Sequence[Any]:

@@ -205,6 +205,27 @@ def bf16_rows(tensor: PackedTensor) -> UInt16:
     return rows
 
 
+def bf16_planes(w: Float32) -> UInt16:
+    """A float32 matrix as a sum of bfloat16 ones: what is left after rounding is rounded again, until nothing is.
+
+        w = p_0 + p_1 + p_2, exactly but for parts below 2^-133
+
+    Args:
+        w: float32 [n, k], of magnitudes below 2^127.
+
+    Returns:
+        bits of bfloat16, uint16 [planes, n, k_padded]: one plane for numbers of bfloat16, at most three.
+    """
+    n, k = w.shape
+    planes, rest = [], np.ascontiguousarray(w, np.float32)
+    while not planes or (len(planes) < 3 and rest.any()):
+        plane = np.zeros((n, pad_inputs(k)), np.uint16)
+        plane[:, :k] = to_bf16(rest)
+        rest = rest - from_bf16(plane[:, :k])
+        planes.append(plane)
+    return np.stack(planes)
+
+
 def from_bf16(w: UInt16) -> Float32:
     """bfloat16 as float32, exactly."""
     return (w.astype(np.uint32) << np.uint32(16)).view(np.float32)

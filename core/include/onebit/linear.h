@@ -39,7 +39,8 @@ struct QuantizedRows {
   Buffer<std::int8_t> codes;  // [planes, T, ld], zeros beyond K
   Buffer<std::int32_t> sums;  // [chunks, planes, T]: the sum of each chunk of codes
   Buffer<float> scale;        // [T]
-  Buffer<float> floats;       // [T, ld] instead of all that
+  Buffer<float> floats;       // [T, ld] instead of all that, or beside it for adapters
+  bool keeps_floats = false;
 
   Buffer<std::uint32_t> magnitudes;  // [T, K], to find the larger half of a row
 
@@ -53,7 +54,7 @@ struct QuantizedRows {
   std::int32_t* tile_sums(int share, int i) const;
 
   // Makes room for n_rows inputs of the matrix, whose other matrices must have the same K and scale groups.
-  void resize(const PackedMatrix& matrix, int n_rows, Activations activations);
+  void resize(const PackedMatrix& matrix, int n_rows, Activations activations, bool keep_floats = false);
   void write(const Kernels& kernels, const float* x, int row);
 };
 

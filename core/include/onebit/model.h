@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "onebit/adapter.h"
 #include "onebit/attention.h"
 #include "onebit/buffer.h"
 #include "onebit/head.h"
@@ -71,12 +72,14 @@ struct ModelWeights {
 
 class Model {
  public:
-  Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads);
+  Model(const ModelConfig& config, ModelWeights weights, const Kernels& kernels, int n_threads,
+        std::vector<Adapter> adapters = {});
   ~Model();
 
   const ModelConfig& config() const { return config_; }
   const Kernels& kernels() const { return kernels_; }
   int n_threads() const { return pool_.size(); }
+  int n_adapters() const { return adapters_.size(); }
 
   // logits: float32 [n_rows, vocab_size]; see Head::forward. Callers on several threads take turns. Throws std::bad_alloc.
   void forward(const Batch& batch, KvCache& cache, float* logits);
@@ -87,8 +90,9 @@ class Model {
   void reserve(const Batch& batch);
   void embed(const Batch& batch);
   void attention(const Batch& batch, KvCache& cache, int layer);
+  void add_biases(const LayerWeights& layer, int n_tokens);
   void norm_heads(const float* gain, int n_heads, float* x) const noexcept;
-  void feed_forward(const LayerWeights& layer, int first, int n_tokens);
+  void feed_forward(int layer, int first, int n_tokens);
   void head(const Batch& batch, float* logits);
   void add_residual(int first, int n_tokens);
 
@@ -97,6 +101,7 @@ class Model {
   std::vector<Buffer<std::uint8_t>> repacked_;  // weights that these kernels want in another layout
   const Kernels& kernels_;
   ThreadPool pool_;
+  Adapters adapters_;
   Attention attention_;
   Head head_;
   std::mutex mutex_;

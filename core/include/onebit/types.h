@@ -74,6 +74,7 @@ struct Batch {
   int n_seqs;
   int table_width;
   int n_rows;
+  const std::int32_t* adapters = nullptr;  // [n_seqs]: which adapter of the model, -1 for none; null: none
 };
 
 // Positions in one KV block; blocks in one split of the keys, the part of attention that is computed on its own. Both

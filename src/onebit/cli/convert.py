@@ -44,6 +44,16 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and result, and compare logits and greedy text.")
     ] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Merge this adapter into the weights; says what is lost by it.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --adapter: conversations (.jsonl) to measure the loss on.")
+    ] = None,
+    scale: Annotated[
+        str,
+        typer.Option(help="With --adapter, of weights that are codes: keep their scales, or absmean of the merged."),
+    ] = "keep",
 ) -> None:
     """Convert a model from any format to any other, and prove what became of it.
 
@@ -56,6 +66,13 @@ def convert(
     from onebit.cli.bar import bar
     from onebit.conversion import convert as run
 
+    if adapter is not None:
+        if verify or allow_lossy:
+            raise ValueError("--adapter changes the model and says how; leave --verify and --allow-lossy out")
+        _merge(src, adapter, dst, data, scale, encoding, head)
+        return
+    if data is not None or scale != "keep":
+        raise ValueError("--data and --scale are for --adapter; name its folder, or leave them out")
     with bar() as progress:
         report, distance = run(src, dst, encoding, head, allow_lossy, verify, progress)
     console = Console(file=sys.stderr)
@@ -70,6 +87,34 @@ def convert(
     before, after = report.source.label, report.made.label
     labels = after if before == after else f"{before} becomes {after}"
     console.print(f"{dst}: {labels}, {size:,} bytes", highlight=False, markup=False)
+
+
+def _merge(
+    src: str, adapter: Path, dst: Path, data: Path | None, scale: str, encoding: str | None, head: str | None
+) -> None:
+    """Merge an adapter and print what became of each layer."""
+    from rich.console import Console
+
+    from onebit.cli.bar import bar
+    from onebit.cli.info import new_table
+    from onebit.train.merge import merge
+
+    with bar() as progress:
+        merged = merge(src, adapter, dst, data, scale, encoding, head, progress)  # type: ignore[arg-type]
+    table = new_table("layer", "weights", "flipped", "scale", "of the change lost")
+    for layer in merged.layers:
+        flipped = f"{layer.n_flipped:,} ({layer.n_flipped / layer.n_weights:.2%})"
+        name = layer.name.removeprefix("layers.").removesuffix(".weight")
+        table.add_row(name, f"{layer.n_weights:,}", flipped, f"x {layer.scale_ratio:.4g}", f"{layer.error:.0%}")
+    console = Console(file=sys.stderr)
+    console.print(table)
+    if merged.losses:
+        before, unmerged, after, n_tokens = merged.losses
+        console.print(
+            f"loss of {n_tokens:,} answer tokens, nats: {before:.4f} before, {unmerged:.4f} with the adapter beside "
+            f"the model, {after:.4f} merged",
+            highlight=False,
+        )
 
 
 def changes_table(report: "Report") -> "Table":

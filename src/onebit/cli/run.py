@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from onebit.llm import LLM, Output, Prompt
 
 
+# The name of the one adapter that a command can give.
+_ADAPTER = "adapter"
+
+
 def run(
     prompt: Annotated[
         str | None,
@@ -30,6 +34,9 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer the prompt, as the model's chat template has it.")
     ] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of an adapter for the model, as onebit tune writes it.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 40,
@@ -82,7 +89,8 @@ def run(
     from onebit.llm import load
 
     ready = None if model is None else _ready(model)
-    llm = load(ready, threads, kv_cache, speculation, shortlist, huge_pages)
+    adapters = {} if adapter is None else {_ADAPTER: adapter}
+    llm = load(ready, threads, kv_cache, speculation, shortlist, huge_pages, adapters)
     if is_chat:
         _chat(llm, params)
         return
@@ -126,7 +134,7 @@ def _stream(llm: "LLM", prompt: "Prompt", params: "SamplingParams") -> tuple[str
     texts: list[str] = []
     output = None
     try:
-        for piece in llm.stream(prompt, params):
+        for piece in llm.stream(prompt, params, next(iter(llm.adapters), None)):
             print(piece.text, end="", flush=True)
             texts.append(piece.text)
             output = piece.output

@@ -28,6 +28,7 @@ MAX_STEP_TOKENS = 512
 # One in so many steps without guesses is timed.
 TIMED_STEPS = 16
 NO_DRAFTS: list[int] = []
+NO_ADAPTER = -1
 
 
 @dataclass(eq=False, kw_only=True)
@@ -43,6 +44,7 @@ class Generation(Request):
         detokenizer: turns tokens into text; None for a model without tokenizer.
         ids: int32, the tokens once more, as the core reads them, with room for those to come.
         lookup: guesses the next tokens; None without speculation.
+        adapter: which of the model's adapters the text runs with.
         finish_reason: None until the text has ended.
         drafted: guesses that were computed, and of these accepted: those that were right.
         started_s: when the request was made, on the monotonic clock; likewise first_token_s and last_token_s.
@@ -56,6 +58,7 @@ class Generation(Request):
     detokenizer: Detokenizer | None
     ids: Int32
     lookup: Lookup | None
+    adapter: int = NO_ADAPTER
     finish_reason: Literal["stop", "length"] | None = None
     drafted: int = 0
     accepted: int = 0
@@ -125,11 +128,17 @@ class Engine:
         self._rows = np.empty(max_step_tokens, np.int32)
         self._top_k = np.empty(max_step_tokens, np.int32)
         self._starts = np.zeros(1, np.int32)
+        self._adapters = np.zeros(0, np.int32)
         self._tables = np.zeros((0, 0), np.int32)
         self._logits = np.empty((0, model.config.vocab_size), np.float32)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
+    def add(self, prompt: Sequence[int], params: SamplingParams, adapter: int = NO_ADAPTER) -> Generation:
         """Queue a prompt.
+
+        Args:
+            prompt: token ids.
+            params: how tokens are chosen.
+            adapter: which of the model's adapters the text runs with.
 
         Raises:
             ValueError: see `count_positions`; stop strings for a model without tokenizer; a text that may
@@ -154,6 +163,7 @@ class Engine:
             detokenizer=Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None,
             ids=ids,
             lookup=Lookup(tokens) if self._speculation else None,
+            adapter=adapter,
             started_s=time.perf_counter(),
         )
         self._scheduler.add(request)
@@ -231,6 +241,7 @@ class Engine:
         for i, (request, start, stop, n_drafts) in enumerate(batch):
             begin = n_tokens
             self._tables[i, : len(request.blocks)] = request.blocks
+            self._adapters[i] = request.adapter
             if stop - start == 1 and not n_drafts:
                 self._tokens[begin] = request.tokens[start]
                 self._positions[begin] = start
@@ -262,6 +273,7 @@ class Engine:
             self._cache,
             self._top_k[:n_rows],
             self._logits[:n_rows],
+            self._adapters[: len(batch)],
         )
         if self._speculation and is_timed:
             self._speculation.observe(n_tokens, time.perf_counter() - begun_s)
@@ -273,6 +285,7 @@ class Engine:
             # Twice as wide as needed: a text gets its blocks one by one.
             self._tables = np.zeros((n_seqs, max(2 * n_blocks, self._tables.shape[1])), np.int32)
             self._starts = np.zeros(n_seqs + 1, np.int32)
+            self._adapters = np.full(n_seqs, NO_ADAPTER, np.int32)
 
     def _extend(self, request: Generation, logits_RV: Float32, steps: list[Step]) -> None:
         """Draw the next token of a request, and go on for as long as its drafts are right."""

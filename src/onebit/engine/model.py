@@ -9,6 +9,7 @@ The only importer of `onebit._core`. Weights are used in place, without a copy. 
 
 import os
 import warnings
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import numpy.typing as npt
 from onebit import _core
 from onebit.checkpoint import Checkpoint, Stored, Tensor
 from onebit.config import ModelConfig
-from onebit.packing import PackedTensor, UInt16, bf16_rows
+from onebit.formats.adapter import Adapter
+from onebit.packing import PackedTensor, UInt16, bf16_planes, bf16_rows
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -42,10 +44,11 @@ class Model:
         threads: threads to compute on; None takes ONEBIT_THREADS, else `default_threads()`.
         isa: instruction set, one of `available_isas()`; None takes ONEBIT_ISA, else the best one.
         int4_shortlist: find the best logits through 4-bit rows, with a bound that is only probable.
+        adapters: low-rank changes that a sequence can ask for, by their place here.
 
     Raises:
-        ValueError: a checkpoint that is not packed, an instruction set that is not available here, a number of
-            threads outside [1, 1024], or an input too wide for exact sums.
+        ValueError: a checkpoint that is not packed, an adapter of another model, an instruction set that is not
+            available here, a number of threads outside [1, 1024], or an input too wide for exact sums.
         OSError: the system refuses so many threads.
     """
 
@@ -55,6 +58,7 @@ class Model:
         threads: int | None = None,
         isa: str | None = None,
         int4_shortlist: bool = False,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         if not checkpoint.is_packed:
             raise ValueError(
@@ -65,8 +69,13 @@ class Model:
         tensors = {name: _to_core(tensor) for name, tensor in checkpoint.tensors.items()}
         frequencies = np.array(self.config.rope_frequencies(), np.float32)
         isa, threads = choose_isa(isa), choose_threads(threads)
+        # Adapters that a sequence can ask for.
+        self.n_adapters = len(adapters)
+        added = [(adapter.scale, _to_planes(adapter, self.config)) for adapter in adapters]
         try:
-            self._core = _core.Model(self.config, tensors, frequencies, isa, threads, int4_shortlist)
+            self._core = _core.Model(
+                self.config, tensors, frequencies, isa, threads, int4_shortlist, added
+            )
         except RuntimeError as error:
             # The one thing in there that the system can deny.
             raise OSError(f"the system refuses {threads} threads ({error}); ask for fewer") from None
@@ -104,6 +113,7 @@ class Model:
         cache: KvCache,
         top_k: Int32 | None = None,
         out: Float32 | None = None,
+        adapters: Int32 | None = None,
     ) -> Float32:
         """Run sequences, one after another in `tokens`, and return the logits of some of their tokens.
 
@@ -121,6 +131,8 @@ class Model:
             top_k: int32 [R], how many of the best logits of each row are needed; 0 or None: all. The others may
                 be -infinity; equal ones of the k-th best are kept.
             out: float32 [R, V], memory for the result; None makes some.
+            adapters: int32 [S], which adapter each sequence runs with, -1 for none; None: none. Keys and values in
+                the cache must have been computed with the same one.
 
         Returns:
             float32 [R, V], out if it is given.
@@ -130,7 +142,8 @@ class Model:
         """
         top_k = np.zeros(len(rows), np.int32) if top_k is None else top_k
         out = np.empty((len(rows), self.config.vocab_size), np.float32) if out is None else out
-        self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache, out)
+        adapters = np.full(len(block_tables), -1, np.int32) if adapters is None else adapters
+        self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache, out, adapters)
         return out
 
 
@@ -246,6 +259,11 @@ def _siblings(cpu: int) -> str:
         return path.read_text()
     except OSError:
         return str(cpu)
+
+
+def _to_planes(adapter: Adapter, config: ModelConfig) -> dict[str, tuple[UInt16, UInt16]]:
+    adapter.check(config)
+    return {name: (bf16_planes(a), bf16_planes(b)) for name, (a, b) in adapter.tensors.items()}
 
 
 def _to_core(tensor: Tensor) -> Float32 | UInt16 | _core.PackedMatrix:

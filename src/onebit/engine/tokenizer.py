@@ -57,14 +57,18 @@ class Tokenizer:
         """Number of tokens, special ones included."""
         return int(self._tokenizer.get_vocab_size())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text, after the model's begin-of-sequence token if it has one.
+
+        Args:
+            text: to encode.
+            begin: put the begin-of-sequence token first.
 
         Raises:
             ValueError: no valid text, or one that the tokenizer has no tokens for.
         """
         ids = self._encode(text)
-        return ids if self.bos_token is None else [self.bos_token, *ids]
+        return [self.bos_token, *ids] if begin and self.bos_token is not None else ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; special and unknown tokens are left out, bytes that are no UTF-8 become U+FFFD.
@@ -94,15 +98,27 @@ class Tokenizer:
         Raises:
             ValueError: no chat template, malformed messages, or messages that the template refuses.
         """
+        return self._encode(self.render_chat(messages))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the chat template writes it.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+            add_generation_prompt: end where the assistant's answer begins.
+
+        Raises:
+            ValueError: see `encode_chat`.
+        """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; use generate or stream with a text instead")
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise ValueError(f"chat message {message!r}: expected a dict with 'role' and 'content'")
         try:
-            text = self._template.render(
+            text: str = self._template.render(
                 messages=list(messages),
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 # Asked for by templates that know them, as nothing.
                 tools=None,
                 documents=None,
@@ -111,7 +127,7 @@ class Tokenizer:
             )
         except Exception as error:  # whatever the template's own code raises
             raise ValueError(f"chat template: {error}") from None
-        return self._encode(text)
+        return text
 
     @cached_property
     def _template(self) -> Any:

@@ -96,35 +96,32 @@ def bit_linear(
     return y.split([w.shape[0] for w in weights], dim=-1)
 
 
+def code_linear(
+    x: Tensor, quantized: list[tuple[Tensor, Tensor]], activations: str, granularity: Granularity
+) -> tuple[Tensor, ...]:
+    """`bit_linear` with codes that do not learn: the same numbers, and a gradient for x alone.
+
+    Args:
+        x: [..., k].
+        quantized: codes, int8 [n_i, k], and scale, float32, of each matrix.
+        activations: a key of `quant.INPUT_QUANTIZERS`.
+        granularity: weights that share a scale.
+
+    Returns:
+        float32 [..., n_i] for each matrix.
+    """
+    y = _CodeLinear.apply(x, activations, granularity, *(tensor for pair in quantized for tensor in pair))
+    return y.split([codes.shape[0] for codes, _ in quantized], dim=-1)
+
+
 class _BitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scheme, activations, granularity, temperature, uniform, *weights):  # type: ignore[no-untyped-def]
-        dtype = (
-            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        )
-        if activations == "a15" and dtype == torch.float32:
-            # Sums of such codes leave the whole numbers of float32.
-            dtype = torch.float64
         quantized = [quantize_weights(w, scheme, granularity) for w in weights]
-        if uniform is not None:
-            x_codes, x_scale = round_with_noise(x.float(), activations, temperature, uniform)
-        else:
-            x_codes, x_scale = INPUT_QUANTIZERS[activations](x.float())
-        x_codes = x_codes.to(dtype)
-        if isinstance(granularity, int):
-            w = torch.cat([dequantize(codes, scale) for codes, scale in quantized]).to(dtype)
-            w_scale = torch.ones_like(w[:, 0], dtype=torch.float32)
-            if dtype in (torch.float32, torch.float64):
-                y = _sum_groups(x_codes, quantized, granularity)
-            else:
-                y = F.linear(x_codes, w).float()
-        else:
-            w = torch.cat([codes.to(dtype) for codes, _ in quantized])
-            w_scale = torch.cat([scale.expand(codes.shape[0]) for codes, scale in quantized])
-            y = F.linear(x_codes, w).float() * w_scale
-        ctx.save_for_backward(x_codes, x_scale, w, w_scale)
+        y, *saved = _multiply(x, quantized, activations, granularity, temperature, uniform)
+        ctx.save_for_backward(*saved)
         ctx.rows = [w.shape[0] for w in weights]
-        return y * x_scale
+        return y
 
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
@@ -134,6 +131,65 @@ class _BitLinear(torch.autograd.Function):
         scaled = (grad_y * x_scale).to(dtype).flatten(0, -2)
         grad_w = (scaled.T @ x_codes.flatten(0, -2)).float()
         return grad_x, None, None, None, None, None, *grad_w.split(ctx.rows)
+
+
+class _CodeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, activations, granularity, *flat):  # type: ignore[no-untyped-def]
+        quantized = list(zip(flat[::2], flat[1::2], strict=True))
+        y, _, _, w, _ = _multiply(x, quantized, activations, granularity)
+        # The codes alone: as floats they take four times as much memory, in every layer.
+        ctx.save_for_backward(*flat)
+        ctx.dtype, ctx.granularity = w.dtype, granularity
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        flat = ctx.saved_tensors
+        quantized = list(zip(flat[::2], flat[1::2], strict=True))
+        w, w_scale = _rows(quantized, ctx.granularity, ctx.dtype)
+        grad_x = ((grad_y * w_scale).to(ctx.dtype) @ w).float()
+        return grad_x, None, None, *(None for _ in flat)
+
+
+def _multiply(
+    x: Tensor,
+    quantized: list[tuple[Tensor, Tensor]],
+    activations: str,
+    granularity: Granularity,
+    temperature: float = 0.0,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The product, and what a gradient takes: codes and scale of x, rows and their scales."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if activations == "a15" and dtype == torch.float32:
+        # Sums of such codes leave the whole numbers of float32.
+        dtype = torch.float64
+    if uniform is not None:
+        x_codes, x_scale = round_with_noise(x.float(), activations, temperature, uniform)
+    else:
+        x_codes, x_scale = INPUT_QUANTIZERS[activations](x.float())
+    x_codes = x_codes.to(dtype)
+    w, w_scale = _rows(quantized, granularity, dtype)
+    if isinstance(granularity, int):
+        if dtype in (torch.float32, torch.float64):
+            y = _sum_groups(x_codes, quantized, granularity)
+        else:
+            y = F.linear(x_codes, w).float()
+    else:
+        y = F.linear(x_codes, w).float() * w_scale
+    return y * x_scale, x_codes, x_scale, w, w_scale
+
+
+def _rows(
+    quantized: list[tuple[Tensor, Tensor]], granularity: Granularity, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The matrices one below another, and what their products are multiplied by: codes, or weights of groups."""
+    if isinstance(granularity, int):
+        w = torch.cat([dequantize(codes, scale) for codes, scale in quantized]).to(dtype)
+        return w, torch.ones_like(w[:, 0], dtype=torch.float32)
+    w = torch.cat([codes.to(dtype) for codes, _ in quantized])
+    return w, torch.cat([scale.expand(codes.shape[0]) for codes, scale in quantized])
 
 
 def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: int) -> Tensor:

@@ -121,6 +121,33 @@ def head(x: Tensor, w: Tensor) -> Tensor:
     return (sums.float() * w_scale) * x_scale
 
 
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """What an adapter adds: (B (A x)) * scale, every dot product a lane sum.
+
+    Args:
+        x: float32 [..., k].
+        a: float32 [r, k].
+        b: float32 [n, r].
+        scale: a float32.
+
+    Returns:
+        float32 [..., n].
+    """
+    return _dots(_dots(x, a), b) * scale
+
+
+def _dots(x: Tensor, w: Tensor) -> Tensor:
+    """Lane sums with a float32 matrix, as the sum of bfloat16 planes that it is. x: [..., k] -> [..., n]."""
+    total, rest = None, w
+    for _ in range(3):
+        plane = rest.bfloat16().float()
+        part = head_bf16(x, plane)
+        total = part if total is None else total + part
+        rest = rest - plane
+    assert total is not None
+    return total
+
+
 def head_bf16(x: Tensor, w: Tensor) -> Tensor:
     """Logits of a head in bfloat16: the lane sum of x * bfloat16(w).
 

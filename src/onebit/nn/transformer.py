@@ -6,12 +6,14 @@ the same function in torch's own order of operations, under autocast and with st
 Legend: B batch, T tokens, D d_model, F d_ff, N heads, K kv heads, H d_head, V vocabulary.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onebit.checkpoint import Checkpoint
+from onebit.checkpoint import Checkpoint, granularity, rows
 from onebit.config import ModelConfig, input_quantizer
 from onebit.nn import ordered
 from onebit.nn.bitlinear import (
@@ -19,11 +21,14 @@ from onebit.nn.bitlinear import (
     bf16_rows,
     bit_linear,
     blended_linear,
+    code_linear,
     hadamard,
     int8_rows,
     int15_activations,
     limit_gradient,
 )
+from onebit.nn.frozen import CodeLinear, frozen
+from onebit.packing import PackedTensor
 
 _EXACT = Rounding()
 
@@ -55,6 +60,8 @@ class Linear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.zeros(n))
         self.gain = nn.Parameter(torch.ones(n)) if learned_scale else None
+        # What an adapter adds; see nn/lora.py.
+        self.lora: nn.Module | None = None
 
     @property
     def master(self) -> Tensor:
@@ -82,14 +89,26 @@ class Block(nn.Module):
             setattr(self, name, Linear(n, k, bias, learned_scale))
 
     def linear(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
-        """Multiply x [..., in] by the named matrices; they share its quantisation."""
-        c, rounding = self.config, self.rounding if self.training else _EXACT
-        weights = tuple(getattr(self, name).master for name in names)
-        if c.hadamard and names[0] in ("o", "down"):
+        """Multiply x [..., in] by the named matrices; they share its quantisation. Then biases, then adapters."""
+        layers = [getattr(self, name) for name in names]
+        if self.config.hadamard and names[0] in ("o", "down"):
             x = hadamard(x)
-        kind = input_quantizer(rounding.activations or c.activations, names[0])
+        results = []
+        for y, layer in zip(self._multiply(x, layers, names[0]), layers, strict=True):
+            y = y + layer.bias if hasattr(layer, "bias") else y
+            results.append(y if layer.lora is None else y + layer.lora(x))
+        return tuple(results)
+
+    def _multiply(self, x: Tensor, layers: list[Any], first: str) -> tuple[Tensor, ...]:
+        c, rounding = self.config, self.rounding if self.training else _EXACT
+        kind = input_quantizer(rounding.activations or c.activations, first)
         if rounding.notes is not None:
             rounding.note(x, kind)
+        if isinstance(layers[0], CodeLinear):
+            return code_linear(x, [(layer.codes, layer.scale) for layer in layers], kind, c.scale)
+        if not isinstance(layers[0], Linear):
+            return tuple(layer.logits(x) for layer in layers)
+        weights = tuple(layer.master for layer in layers)
         if c.weights == "dense":
             return F.linear(x, torch.cat(weights)).float().split([w.shape[0] for w in weights], dim=-1)
         if rounding.strength is not None:
@@ -104,8 +123,6 @@ class Block(nn.Module):
         """One block; cos and sin are float32 [T, H / 2]."""
         c = self.config
         q, k, v = self.linear(self.attn_norm(x_BTD), "q", "k", "v")
-        if c.qkv_bias:
-            q, k, v = (x + getattr(self, name).bias for x, name in zip((q, k, v), "qkv", strict=True))
         q_BNTH, k_BKTH = _heads(q, c.n_heads), _heads(k, c.n_kv_heads)
         if c.qk_norm:
             q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
@@ -151,20 +168,20 @@ class Transformer(nn.Module):
         # How a training step rounds; in eval mode the definitions hold.
         self.rounding = Rounding()
         self.head_format = head
-        self.embed = Linear(config.vocab_size, config.d_model)
+        self.embed: Any = Linear(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
             Block(config, self.rounding, learned_scale) for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied_head:
-            self.head = Linear(config.vocab_size, config.d_model)
+            self.head: Any = Linear(config.vocab_size, config.d_model)
         self.cos: Tensor
         self.sin: Tensor
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim == 2 and not parameter.is_meta:
                 deep = name.endswith((".o.weight", ".down.weight"))
                 deviation = 0.02 / (2 * config.n_layers) ** 0.5 if deep else 0.02
                 nn.init.normal_(parameter, std=deviation, generator=generator)
@@ -181,6 +198,34 @@ class Transformer(nn.Module):
         model = cls(checkpoint.config, head=head)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(torch.tensor(checkpoint.tensors[name]))
+        return model
+
+    @classmethod
+    def from_packed(cls, checkpoint: Checkpoint) -> "Transformer":
+        """A model with the codes of a packed checkpoint, which do not learn: for adapters, see nn/lora.py.
+
+        Args:
+            checkpoint: as `onebit.checkpoint.quantize` makes it.
+        """
+        assert checkpoint.is_packed and checkpoint.head
+        config, tensors = checkpoint.config, checkpoint.tensors
+        # Without memory for weights that are replaced at once.
+        with torch.device("meta"):
+            model = cls(config, head=checkpoint.head)
+        for name in config.tensor_shapes():
+            path, _, kind = name.rpartition(".")
+            parent, _, last = path.rpartition(".")
+            tensor = tensors[name]
+            if isinstance(tensor, PackedTensor):
+                layer = frozen(tensor, granularity(name, config, tensor.encoding))
+                setattr(model.get_submodule(parent), last, layer)
+            elif kind == "bias":
+                model.get_submodule(path).register_buffer("bias", torch.tensor(rows(name, tensor)))
+            else:
+                # No parameter, but a constant: what has parameters learns.
+                norm = model.get_submodule(path)
+                del norm.weight
+                norm.register_buffer("weight", torch.tensor(rows(name, tensor)))
         return model
 
     def linear_weights(self) -> dict[str, nn.Parameter]:
@@ -208,18 +253,26 @@ class Transformer(nn.Module):
         length = tokens_BT.shape[1]
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens exceed the context of {self.config.max_seq_len}")
-        quantized = self.config.weights != "dense"
-        is_bf16 = self.head_format == "bf16"
-        embed_VD: Tensor = self.embed.weight
-        if quantized:
-            embed_VD = bf16_rows(embed_VD) if is_bf16 else int8_rows(embed_VD)
-        x_BTD = F.embedding(tokens_BT, embed_VD)
+        x_BTD = self._embed(tokens_BT)
         cos_TH, sin_TH = self.cos[:length], self.sin[:length]
         for block in self.layers:
             x_BTD = block(x_BTD, cos_TH, sin_TH)
-        x_BTD = self.norm(x_BTD)
-        head_VD = (self.embed if self.config.tied_head else self.head).weight
-        if not quantized:
+        return self._logits(self.norm(x_BTD))
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        if not isinstance(self.embed, Linear):
+            return self.embed.take(tokens_BT)
+        embed_VD: Tensor = self.embed.weight
+        if self.config.weights != "dense":
+            embed_VD = bf16_rows(embed_VD) if self.head_format == "bf16" else int8_rows(embed_VD)
+        return F.embedding(tokens_BT, embed_VD)
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        head = self.embed if self.config.tied_head else self.head
+        if not isinstance(head, Linear):
+            return head.logits(x_BTD)
+        head_VD, is_bf16 = head.weight, self.head_format == "bf16"
+        if self.config.weights == "dense":
             return F.linear(x_BTD, head_VD).float()
         if not self.training:
             return (ordered.head_bf16 if is_bf16 else ordered.head)(x_BTD, head_VD)

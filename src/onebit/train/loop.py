@@ -148,8 +148,11 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     if first < recipe.steps:
         named = {name.removeprefix("held_out_").replace("_", " "): value for name, value in measured.items()}
         figures = ", ".join(f"{value:.3f} {name}" for name, value in named.items())
-        console.print(f"Held out: {figures}.", highlight=False)
-    console.print(f"The model is in {out}: onebit run -m {out}", highlight=False, soft_wrap=True)
+        if figures:
+            console.print(f"Held out: {figures}.", highlight=False)
+    command = task.command or f"onebit run -m {out}"
+    what = "adapter" if task.command else "model"
+    console.print(f"The {what} is in {out}: {command}", highlight=False, soft_wrap=True)
 
 
 def _diverged(step: int, loss: float, norm: float, watch: health.Watch, saved: int, out: Path) -> str:

@@ -81,17 +81,24 @@ def save(
         "steps": step,
         "tokens": step * task.tokens_per_step,
     }
-    with options.averaged(model, extras):
-        weights = {name: _array(w) for name, w in model.masters().items()}
-    # Made before anything is written: it refuses weights that are no longer numbers.
-    checkpoint = Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
+    checkpoint = None
+    if task.write is None:
+        with options.averaged(model, extras):
+            weights = {name: _array(w) for name, w in model.masters().items()}
+        # Made before anything is written: it refuses weights that are no longer numbers.
+        checkpoint = Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
     state = {name: _array(p) for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
         state |= {f"{name}.{key}": _array(moments[key]) for key in MOMENTS[recipe.options.optimizer]}
     state |= {name: _array(tensor) for name, tensor in extras.items()}
     tensors.write(out / STATE, {"step": str(step)}, state)
-    run.write(checkpoint, out)
+    if checkpoint is not None:
+        run.write(checkpoint, out)
+        return
+    assert task.write is not None
+    with options.averaged(model, extras):
+        task.write(model, provenance, out)
 
 
 def restore(

@@ -10,6 +10,7 @@ resumed run does what the killed one would have done.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,9 @@ class Task:
         tokenizer: bytes of the model's tokenizer.json.
         chat_template: of the model, or None.
         provenance: what the model's file says of the data, besides the recipe.
+        write: writes what was learned into the run folder, from the model and its provenance; None writes the float32
+            master.
+        command: how the result is run; None for that of a run folder.
     """
 
     batch: Callable[[int], Batch]
@@ -59,6 +63,8 @@ class Task:
     tokenizer: bytes | None
     chat_template: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    write: Callable[[Transformer, dict[str, Any], Path], None] | None = None
+    command: str | None = None
 
 
 def next_token(recipe: Recipe, corpus: text.Corpus) -> Task:
