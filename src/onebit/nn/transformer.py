@@ -17,6 +17,10 @@ from onebit.nn import ordered
 from onebit.nn.bitlinear import bf16_rows, bit_linear, int8_rows, int15_activations
 
 
+# Queries and keys before their rotary positions, and values; float32 [B, heads, T, H] each.
+States = tuple[Tensor, Tensor, Tensor]
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * gain, over the last axis; in eval mode to the bit what the engine computes."""
 
@@ -66,8 +70,10 @@ class Block(nn.Module):
             return F.linear(x, torch.cat(weights)).float().split([w.shape[0] for w in weights], dim=-1)
         return bit_linear(x, weights, self.config.weights, self.config.activations, self.config.scale)
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        """One block; cos and sin are float32 [T, H / 2]."""
+    def forward(
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, states: list[States] | None = None
+    ) -> Tensor:
+        """One block; cos and sin are float32 [T, H / 2]. A list of states gets those of this block."""
         c = self.config
         q, k, v = self.linear(self.attn_norm(x_BTD), "q", "k", "v")
         if c.qkv_bias:
@@ -75,6 +81,8 @@ class Block(nn.Module):
         q_BNTH, k_BKTH = _heads(q, c.n_heads), _heads(k, c.n_kv_heads)
         if c.qk_norm:
             q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
+        if states is not None:
+            states.append((q_BNTH, k_BKTH, _heads(v, c.n_kv_heads)))
         q_BNTH = rope(q_BNTH, cos_TH, sin_TH)
         # The cache holds bfloat16, so keys and values are rounded here too.
         k_BKTH = rope(k_BKTH, cos_TH, sin_TH).bfloat16().float()
@@ -142,11 +150,15 @@ class Transformer(nn.Module):
             parameter.data.copy_(torch.tensor(checkpoint.tensors[name]))
         return model
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, layer: int | None = None, states: list[States] | None = None
+    ) -> Tensor:
         """Logits of every position.
 
         Args:
             tokens_BT: int64 [B, T], T at most max_seq_len.
+            layer: whose queries, keys and values are wanted.
+            states: a list that gets them.
 
         Returns:
             float32 [B, T, V].
@@ -161,8 +173,8 @@ class Transformer(nn.Module):
             embed_VD = bf16_rows(embed_VD) if is_bf16 else int8_rows(embed_VD)
         x_BTD = F.embedding(tokens_BT, embed_VD)
         cos_TH, sin_TH = self.cos[:length], self.sin[:length]
-        for block in self.layers:
-            x_BTD = block(x_BTD, cos_TH, sin_TH)
+        for i, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, cos_TH, sin_TH, states if i == layer else None)
         x_BTD = self.norm(x_BTD)
         head_VD = (self.embed if self.config.tied_head else self.head).weight
         if not quantized:
