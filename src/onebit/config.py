@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 Weights = Literal["b1.58", "b1", "dense"]
-Activations = Literal["a15", "a8", "a4", "a1", "none"]
+Activations = Literal["a15", "a8", "a4.8", "a4", "a1", "none"]
 FfnActivation = Literal["silu", "relu2"]
 RopeType = Literal["linear", "llama3", "yarn"]
 
@@ -174,7 +174,10 @@ class ModelConfig:
         tied_head: the head uses the embedding matrix.
         weights: scheme of the linear layers: "b1.58", "b1", or "dense" for a full-precision twin.
         activations: quantiser of the linear layers' inputs: "a8", "a4", "a1", "a15" for models whose authors left them
-            unquantised, or "none" (dense only).
+            unquantised, "a4.8" (a4 for q, k, v, gate and up, a8 for down, the larger half of a8 for o), or "none"
+            (dense only).
+        hadamard: the inputs of o and down pass through a normalised Hadamard transform before they are quantised;
+            their widths must be powers of two. Training knows it, the engine does not yet.
         scale: weights that share a scale: "tensor", "row" or a number of inputs.
         bos_token: id put before a prompt, or None.
         eos_tokens: ids that end a text.
@@ -202,6 +205,7 @@ class ModelConfig:
     weights: Weights = "b1.58"
     activations: Activations = "a8"
     scale: Literal["tensor", "row"] | int = "tensor"
+    hadamard: bool = False
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
 
@@ -241,6 +245,12 @@ class ModelConfig:
         if (self.weights == "dense") != (self.activations == "none"):
             found = f"weights {self.weights} with activations {self.activations}"
             raise ValueError(f"config: {found}; dense weights go with activations none, and no others do")
+        for name in ("o", "down") if self.hadamard else ():
+            k = self.linear_shapes()[name][1]
+            if k & (k - 1):
+                raise ValueError(
+                    f"config: hadamard with {k} inputs of {name}; expected a power of two: n_heads * d_head and d_ff"
+                )
         self._check_scale()
         self._check_tokens()
 
@@ -267,8 +277,14 @@ class ModelConfig:
     def label(self) -> str:
         """Bit widths of weights, activations and reference KV cache, as in "W1.58A8KV16"."""
         weights = {"b1.58": "1.58", "b1": "1", "dense": "16"}[self.weights]
-        activations = {"a15": "15", "a8": "8", "a4": "4", "a1": "1", "none": "16"}[self.activations]
+        activations = {"a15": "15", "a8": "8", "a4.8": "4.8", "a4": "4", "a1": "1", "none": "16"}[
+            self.activations
+        ]
         return f"W{weights}A{activations}KV16"
+
+    def input_quantizer(self, name: str) -> str:
+        """Key in `quant.INPUT_QUANTIZERS` for the input of a linear layer."""
+        return input_quantizer(self.activations, name)
 
     def rope_frequencies(self) -> list[float]:
         """Rotary angle of each pair of a head per position, theta^(-2 i / d_head) and scaled; used as float32."""
@@ -324,7 +340,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values; what few models have, rope_scaling among them, only where it is set."""
         values = asdict(self)
-        for name in ("rope_scaling", "qk_norm", "qkv_bias"):
+        for name in ("rope_scaling", "qk_norm", "qkv_bias", "hadamard"):
             if not values[name]:
                 del values[name]
         values["eos_tokens"] = list(self.eos_tokens)
@@ -354,3 +370,13 @@ class ModelConfig:
         if values.get("rope_scaling") is not None:
             values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
         return cls(**values)
+
+
+def input_quantizer(activations: str, name: str) -> str:
+    """Key in `quant.INPUT_QUANTIZERS` for the input of a linear layer of a model with these activations.
+
+    Source: of a4.8, arXiv:2411.04965 section 2.2.
+    """
+    if activations != "a4.8":
+        return activations
+    return {"o": "a8-half", "down": "a8"}.get(name, "a4")

@@ -13,8 +13,9 @@ import pytest
 import tiny
 from onebit.formats import run as run_folder
 from onebit.formats import tensors
-from onebit.train import build, loop, train
-from onebit.train.loop import METRICS, PICTURE, STATE
+from onebit.train import build, state, train
+from onebit.train.pictures import HEALTH, LOSS
+from onebit.train.state import METRICS, STATE
 
 SMALL = ["data.vocab_size=300", "data.seq_len=32", "model.d_model=48", "model.d_ff=64", "batch_size=4"]
 
@@ -166,14 +167,14 @@ def test_bf16_on_cpu(texts, tmp_path):
 def test_a_disk_without_room_leaves_the_saved_state(texts, tmp_path, monkeypatch):
     out = tmp_path / "run"
     settings = [*SMALL, "steps=4", "save_every=2"]
-    save = loop._save
+    save = state.save
 
     def save_once(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_save", save_once)
+        patch.setattr(state, "save", save_once)
         train(build("tiny", settings), texts, out)
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     program = (
@@ -184,7 +185,7 @@ def test_a_disk_without_room_leaves_the_saved_state(texts, tmp_path, monkeypatch
     process = subprocess.run([sys.executable, "-c", program, texts, out], capture_output=True, text=True)
     assert process.returncode == 1 and f"{STATE}'" in process.stderr.splitlines()[-1]
     after = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    assert after.keys() - {out / PICTURE} == before.keys()
+    assert after.keys() - {out / LOSS, out / HEALTH} == before.keys()
     assert all(after[path] == before[path] for path in before if path.name != METRICS)
     train(build("tiny", settings), None, out, resume=True)
     assert len(losses(out)) == 4

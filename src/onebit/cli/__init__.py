@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "train", "convert", "info")
+VERBS = ("run", "train", "distill", "convert", "info")
 
 
 class _Verbs(TyperGroup):

@@ -6,13 +6,16 @@ Knows the definitions of the numbers; knows nothing of the transformer around it
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from onebit.quant import (
-    ACTIVATION_QUANTIZERS,
+    INPUT_QUANTIZERS,
+    A8_LEVELS,
+    A15_LEVELS,
     Granularity,
     dequantize,
     quantize_a15,
@@ -21,8 +24,54 @@ from onebit.quant import (
 )
 
 
+# Least and largest codes, where values are clipped; "a1" has two codes.
+_LIMITS = {
+    "a15": (-A15_LEVELS, A15_LEVELS),
+    "a8": (-A8_LEVELS, A8_LEVELS),
+    "a8-half": (-A8_LEVELS, A8_LEVELS),
+    "a4": (-8.0, 7.0),
+}
+
+
+@dataclass
+class Rounding:
+    """How a training step rounds, and what it notes; the defaults are the definitions of `quant.py`, to the bit.
+
+    Args:
+        strength: lambda from 0 to 1, a tensor without axes: how far weights and inputs are moved to their rounded
+            values; None is all the way, in exact products of codes.
+        activations: instead of those of the model's config, or None.
+        temperature: of stochastic rounding of the inputs; 0 rounds to nearest.
+        gradient_limit: see `limit_gradient`; 0 is off.
+        notes: a list that gets, for each group of layers with one input, in the order in which they run, the largest
+            magnitude of the input and the share of its codes that are the least or the largest; or None.
+    """
+
+    strength: Tensor | None = None
+    activations: str | None = None
+    temperature: float = 0.0
+    gradient_limit: float = 0.0
+    notes: list[tuple[float, float]] | None = None
+
+    def note(self, x: Tensor, kind: str) -> None:
+        """Append to `notes`. x: [..., k]; kind: a key of `quant.INPUT_QUANTIZERS`, or "none"."""
+        assert self.notes is not None
+        x = x.detach().float()
+        saturated = 0.0
+        if kind in _LIMITS:
+            codes = INPUT_QUANTIZERS[kind](x)[0]
+            low, high = _LIMITS[kind]
+            saturated = ((codes <= low) | (codes >= high)).float().mean().item()
+        self.notes.append((x.abs().max().item(), saturated))
+
+
 def bit_linear(
-    x: Tensor, weights: tuple[Tensor, ...], scheme: str, activations: str, granularity: Granularity
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    scheme: str,
+    activations: str,
+    granularity: Granularity,
+    temperature: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Multiply one input by several quantised matrices; the input is quantised once for all of them.
 
@@ -35,19 +84,20 @@ def bit_linear(
         x: [..., k].
         weights: float32 [n_i, k] each.
         scheme: "b1.58" or "b1".
-        activations: "a15", "a8", "a4" or "a1".
+        activations: a key of `quant.INPUT_QUANTIZERS`.
         granularity: weights that share a scale.
+        temperature: of stochastic rounding of x (`round_with_noise`); 0 rounds to nearest.
 
     Returns:
         float32 [..., n_i] for each matrix.
     """
-    y = _BitLinear.apply(x, scheme, activations, granularity, *weights)
+    y = _BitLinear.apply(x, scheme, activations, granularity, temperature, *weights)
     return y.split([w.shape[0] for w in weights], dim=-1)
 
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scheme, activations, granularity, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scheme, activations, granularity, temperature, *weights):  # type: ignore[no-untyped-def]
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
@@ -55,7 +105,10 @@ class _BitLinear(torch.autograd.Function):
             # Sums of such codes leave the whole numbers of float32.
             dtype = torch.float64
         quantized = [quantize_weights(w, scheme, granularity) for w in weights]
-        x_codes, x_scale = ACTIVATION_QUANTIZERS[activations](x.float())
+        if temperature:
+            x_codes, x_scale = round_with_noise(x.float(), activations, temperature)
+        else:
+            x_codes, x_scale = INPUT_QUANTIZERS[activations](x.float())
         x_codes = x_codes.to(dtype)
         if isinstance(granularity, int):
             w = torch.cat([dequantize(codes, scale) for codes, scale in quantized]).to(dtype)
@@ -79,7 +132,7 @@ class _BitLinear(torch.autograd.Function):
         grad_x = ((grad_y * w_scale).to(dtype) @ w).float()
         scaled = (grad_y * x_scale).to(dtype).flatten(0, -2)
         grad_w = (scaled.T @ x_codes.flatten(0, -2)).float()
-        return grad_x, None, None, None, *grad_w.split(ctx.rows)
+        return grad_x, None, None, None, None, *grad_w.split(ctx.rows)
 
 
 def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: int) -> Tensor:
@@ -91,6 +144,106 @@ def _sum_groups(x_codes: Tensor, quantized: list[tuple[Tensor, Tensor]], group: 
         sums = F.linear(x_codes[..., inputs], w_codes[:, inputs].to(x_codes.dtype)).float()
         y = y + sums * w_scale[:, g]
     return y
+
+
+def round_with_noise(x: Tensor, activations: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """Quantise activations by a draw: a code is more likely the nearer it is.
+
+        P(upper neighbour) = sigmoid((fraction - 1/2) / temperature)        P(+1) = sigmoid(x / (scale temperature))
+
+    The logistic noise that decides is a difference of two Gumbel variables; it goes to rounding to nearest as the
+    temperature goes to 0. Scales, limits and values that "a8-half" drops are those of the definition.
+
+    Args:
+        x: float32 [..., n].
+        activations: a key of `quant.INPUT_QUANTIZERS`.
+        temperature: above 0, in steps between codes.
+
+    Returns:
+        codes: [..., n]; scale: [..., 1].
+
+    Source: the Gumbel-max draw, arXiv:1611.01144.
+    """
+    codes, scale = INPUT_QUANTIZERS[activations](x)
+    exact, noise = x / scale, temperature * torch.rand_like(x).logit(eps=1e-6)
+    if activations == "a1":
+        return (exact + noise > 0) * 2.0 - 1, scale
+    below = exact.floor()
+    drawn = (below + (exact - below - 0.5 + noise > 0)).clamp(*_LIMITS[activations])
+    return torch.where(codes == 0, 0.0, drawn) if activations == "a8-half" else drawn, scale
+
+
+def blended_linear(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    scheme: str,
+    activations: str,
+    granularity: Granularity,
+    strength: Tensor,
+) -> tuple[Tensor, ...]:
+    """`bit_linear` part of the way: what is multiplied is v + lambda (Q(v) - v), for the input and for each matrix.
+
+    Args:
+        x: [..., k].
+        weights: float32 [n_i, k] each.
+        scheme: "b1.58" or "b1".
+        activations: a key of `quant.INPUT_QUANTIZERS`.
+        granularity: weights that share a scale.
+        strength: lambda, from 0 to 1.
+
+    Returns:
+        float32 [..., n_i] for each matrix; gradients as if nothing were rounded.
+    """
+    codes, scale = INPUT_QUANTIZERS[activations](x.detach().float())
+    x = x + strength * (codes * scale - x).detach()
+    moved = []
+    for w in weights:
+        rounded = dequantize(*quantize_weights(w.detach(), scheme, granularity))
+        moved.append(w + strength * (rounded - w).detach())
+    return F.linear(x, torch.cat(moved)).float().split([w.shape[0] for w in weights], dim=-1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply by the normalised Hadamard matrix: outliers of a token spread over all its values.
+
+        y = H x / sqrt(n),    H = [[H', H'], [H', -H']],  in log2(n) rounds of sums and differences, nearest pairs first
+
+    Args:
+        x: float32 [..., n], n a power of two.
+
+    Returns:
+        float32 [..., n]; applied twice it gives x but for rounding.
+
+    Source: arXiv:2504.18415 section 2.2.
+    """
+    n, width = x.shape[-1], 1
+    y = x
+    while width < n:
+        a, b = y.unflatten(-1, (n // (2 * width), 2, width)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        width *= 2
+    return y * n**-0.5
+
+
+def limit_gradient(y: Tensor, multiple: float) -> Tensor:
+    """y, with the gradient of each token limited to `multiple` times the root mean square norm of all of them.
+
+    Applied to the output of a linear layer: no single token moves the weights behind the codes at will.
+    """
+    return _LimitGradient.apply(y, multiple)  # type: ignore[no-any-return]
+
+
+class _LimitGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, multiple):  # type: ignore[no-untyped-def]
+        ctx.multiple = multiple
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        norm = grad_y.norm(dim=-1, keepdim=True)
+        limit = ctx.multiple * norm.square().mean().sqrt()
+        return grad_y * (limit / norm.clamp_min(1e-30)).clamp_max(1), None
 
 
 def straight_through(x: Tensor, quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:

@@ -12,9 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onebit.checkpoint import Checkpoint
-from onebit.config import ModelConfig
+from onebit.config import ModelConfig, input_quantizer
 from onebit.nn import ordered
-from onebit.nn.bitlinear import bf16_rows, bit_linear, int8_rows, int15_activations
+from onebit.nn.bitlinear import (
+    Rounding,
+    bf16_rows,
+    bit_linear,
+    blended_linear,
+    hadamard,
+    int8_rows,
+    int15_activations,
+    limit_gradient,
+)
+
+
+_EXACT = Rounding()
 
 
 # Queries and keys before their rotary positions, and values; float32 [B, heads, T, H] each.
@@ -37,21 +49,31 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A float32 master matrix [out, in], for some with a bias; `Block` decides how it multiplies."""
+    """A float32 master matrix [out, in], for some with a bias; `Block` decides how it multiplies.
 
-    def __init__(self, n: int, k: int, bias: bool = False) -> None:
+    With a learned scale the master is gain * weight, a gain for each row: what is rounded, and what is saved.
+    """
+
+    def __init__(self, n: int, k: int, bias: bool = False, learned_scale: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n, k))
         if bias:
             self.bias = nn.Parameter(torch.zeros(n))
+        self.gain = nn.Parameter(torch.ones(n)) if learned_scale else None
+
+    @property
+    def master(self) -> Tensor:
+        """The matrix that the model multiplies by, before it is rounded; float32 [out, in]."""
+        return self.weight if self.gain is None else self.gain[:, None] * self.weight
 
 
 class Block(nn.Module):
     """Attention and gated feed-forward layer, each with a pre-norm and, where configured, a sub-norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rounding: Rounding, learned_scale: bool) -> None:
         super().__init__()
         self.config = config
+        self.rounding = rounding
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         if config.sub_norm:
@@ -61,14 +83,27 @@ class Block(nn.Module):
             self.q_norm = RMSNorm(config.d_head, config.norm_eps)
             self.k_norm = RMSNorm(config.d_head, config.norm_eps)
         for name, (n, k) in config.linear_shapes().items():
-            setattr(self, name, Linear(n, k, bias=config.qkv_bias and name in ("q", "k", "v")))
+            bias = config.qkv_bias and name in ("q", "k", "v")
+            setattr(self, name, Linear(n, k, bias, learned_scale))
 
     def linear(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
         """Multiply x [..., in] by the named matrices; they share its quantisation."""
-        weights = tuple(getattr(self, name).weight for name in names)
-        if self.config.weights == "dense":
+        c, rounding = self.config, self.rounding if self.training else _EXACT
+        weights = tuple(getattr(self, name).master for name in names)
+        if c.hadamard and names[0] in ("o", "down"):
+            x = hadamard(x)
+        kind = input_quantizer(rounding.activations or c.activations, names[0])
+        if rounding.notes is not None:
+            rounding.note(x, kind)
+        if c.weights == "dense":
             return F.linear(x, torch.cat(weights)).float().split([w.shape[0] for w in weights], dim=-1)
-        return bit_linear(x, weights, self.config.weights, self.config.activations, self.config.scale)
+        if rounding.strength is not None:
+            ys = blended_linear(x, weights, c.weights, kind, c.scale, rounding.strength)
+        else:
+            ys = bit_linear(x, weights, c.weights, kind, c.scale, rounding.temperature)
+        if rounding.gradient_limit:
+            ys = tuple(limit_gradient(y, rounding.gradient_limit) for y in ys)
+        return ys
 
     def forward(
         self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, states: list[States] | None = None
@@ -114,14 +149,21 @@ class Transformer(nn.Module):
         config: shape and flags.
         seed: of the initial weights: normal with deviation 0.02, o and down divided by sqrt(2 n_layers).
         head: how the engine will keep embedding and head: "q8" or "bf16".
+        learned_scale: the linear layers learn a gain for each of their rows, which is part of the saved weights.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, head: str = "q8") -> None:
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, head: str = "q8", learned_scale: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
+        # How a training step rounds; in eval mode the definitions hold.
+        self.rounding = Rounding()
         self.head_format = head
         self.embed = Linear(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            Block(config, self.rounding, learned_scale) for _ in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied_head:
             self.head = Linear(config.vocab_size, config.d_model)
@@ -149,6 +191,19 @@ class Transformer(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.data.copy_(torch.tensor(checkpoint.tensors[name]))
         return model
+
+    def linear_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters behind the codes of the linear layers, by their canonical names."""
+        return {name: p for name, p in self.named_parameters() if self.config.is_linear(name)}
+
+    def masters(self) -> dict[str, Tensor]:
+        """The tensors of a float32 checkpoint, by their canonical names; learned scales are multiplied in."""
+        named = dict(self.named_parameters())
+        tensors = {}
+        for name in self.config.tensor_shapes():
+            gain = named.get(f"{name.removesuffix('.weight')}.gain")
+            tensors[name] = (named[name] if gain is None else gain[:, None] * named[name]).detach()
+        return tensors
 
     def forward(
         self, tokens_BT: Tensor, layer: int | None = None, states: list[States] | None = None

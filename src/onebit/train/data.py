@@ -266,9 +266,13 @@ def prepare(
                 f"matching {', '.join(include)}"
             )
         texts = divide(documents, held_out, CHARACTERS_PER_TOKEN * (seq_len + 1))
-        tokenizer = Tokenizer.from_buffer(given.tokenizer) if given else train_tokenizer(texts["train"], vocab_size)
+        tokenizer = (
+            Tokenizer.from_buffer(given.tokenizer) if given else train_tokenizer(texts["train"], vocab_size)
+        )
         raw = given.tokenizer if given else tokenizer.to_str().encode()
-        begin, end = (given.begin_token, given.end_token) if given else (None, tokenizer.token_to_id(END_OF_TEXT))
+        begin, end = (
+            (given.begin_token, given.end_token) if given else (None, tokenizer.token_to_id(END_OF_TEXT))
+        )
         parts = {name: _encode(tokenizer, texts[name], begin, end) for name in texts}
         for name, tokens in parts.items():
             if len(tokens) <= seq_len:
@@ -399,7 +403,5 @@ def starts(
     for index in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(index, n_sequences)
         random = np.random.default_rng((seed, epoch))
-        found.append(
-            int(random.integers(spare + 1)) + int(random.permutation(n_sequences)[place]) * seq_len
-        )
+        found.append(int(random.integers(spare + 1)) + int(random.permutation(n_sequences)[place]) * seq_len)
     return found

@@ -6,7 +6,7 @@
 The loop is that of any other training; here are the recipe, the objective and the student's first weights.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from onebit.checkpoint import Checkpoint
 from onebit.engine.tokenizer import Tokenizer
 from onebit.nn.transformer import States, Transformer, rope
 from onebit.train import data as text
-from onebit.train import losses
+from onebit.train import losses, state
+from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.recipe import Data, Distill, Recipe, override
 from onebit.train.student import check_teacher, make_student, student_config
@@ -28,6 +29,54 @@ from onebit.train.teacher import Teacher, TopK, fingerprint, keep_top_k
 ANSWERS = "teacher"
 # Sequences on which sub-norms are fitted.
 _FIT_SEQUENCES = 16
+# Fields of the model that are the student's to choose; sub-norms are those of distill.sub_norm.
+_CHOICES = ("weights", "activations", "scale", "hadamard")
+
+
+def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, resume: bool = False) -> None:
+    """Train a student on a folder of text.
+
+    Args:
+        recipe: from `build_distill`.
+        teacher: the model that the recipe was built for.
+        data: folder with text; None where the corpus is made.
+        out: run folder; made, and refused if it already holds a run, unless resume is set.
+        resume: continue from the last saved state, and before training from the last answers of the teacher.
+
+    Raises:
+        ValueError: another teacher, a corpus of another tokenizer, answers of another teacher, or see `train`.
+        OSError: a missing folder, a full disk, ...
+    """
+    d, source = recipe.distill, recipe.data
+    if d is None:
+        raise ValueError(f"the recipe {recipe.name} has no teacher; it is trained with: onebit train")
+    folder = Path(d.corpus) if d.corpus else out / "corpus"
+    is_made = d.corpus is not None and (folder / "corpus.json").exists()
+    given = given_tokenizer(teacher)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    # The device of the loop.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = Teacher(teacher, recipe.precision, device)
+    if asked.sha256 != d.teacher_sha256:
+        raise ValueError(
+            f"{d.teacher}: another model than the teacher of this run ({asked.sha256[:16]}, not {d.teacher_sha256[:16]}); "
+            f"give the same one with --teacher, or start another run"
+        )
+    resumed = state.open_run(recipe, folder if is_made else data, out, resume)
+    corpus = text.prepare(
+        data, folder, source.include, source.vocab_size, source.held_out, source.seq_len, given
+    )
+    if not resume:
+        state.start(recipe, out)
+    answers = None
+    if d.cache_logits:
+        k = min(d.cache_logits, teacher.config.vocab_size)
+        answers = keep_top_k(folder / ANSWERS, asked, corpus, source.seq_len, k, d.temperature)
+    # Of a resumed run the state replaces the first weights.
+    student = Transformer(recipe.model) if resumed else first_student(teacher, recipe, corpus)
+    task = replace(distillation(recipe, corpus, asked, answers), chat_template=teacher.chat_template)
+    fit(recipe, task, student, out, resumed)
 
 
 def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None = None) -> Recipe:
@@ -54,21 +103,19 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
         overrides or [],
     )
     assert recipe.distill is not None
-    chosen, calibrated = recipe.model, recipe.distill.sub_norm == "calibrated"
-    config = student_config(
-        teacher.config,
-        calibrated,
-        weights=chosen.weights,
-        activations=chosen.activations,
-        scale=chosen.scale,
-    )
-    for name, value in config.to_dict().items():
-        # Whether it has sub-norms, distill.sub_norm says.
-        if name != "sub_norm" and chosen.to_dict().get(name) != value:
+    chosen = recipe.model
+    rounding = {name: getattr(chosen, name) for name in _CHOICES}
+    config = student_config(teacher.config, recipe.distill.sub_norm == "calibrated", **rounding)
+    for field in fields(config):
+        if field.name != "sub_norm" and getattr(chosen, field.name) != getattr(config, field.name):
             raise ValueError(
-                f"model.{name} is {chosen.to_dict().get(name)!r}; the student has the teacher's, {value!r}: "
-                f"only weights, activations and scale can be chosen"
+                f"model.{field.name} is {getattr(chosen, field.name)!r}; the student has that of its teacher, "
+                f"{getattr(config, field.name)!r}: only {', '.join(_CHOICES)} can be chosen, and distill.sub_norm"
             )
+    if config.weights == "dense" or recipe.options.learned_scale:
+        raise ValueError(
+            "a student has rounded weights, and no learned scales; change model.weights or options.learned_scale"
+        )
     return replace(recipe, model=config)
 
 
@@ -145,7 +192,9 @@ def distillation(recipe: Recipe, corpus: text.Corpus, teacher: Teacher, answers:
             kl_N = losses.top_k_kl(student_NV, ids, log_p, log_rest, d.temperature, d.tau_squared)
             total_N = total_N + d.logits * kl_N
         elif d.logits:
-            total_N = total_N + d.logits * losses.logit_kl(student_NV, teacher_NV, d.temperature, d.tau_squared)
+            total_N = total_N + d.logits * losses.logit_kl(
+                student_NV, teacher_NV, d.temperature, d.tau_squared
+            )
         if d.relations:
             mine, theirs = states[0], teacher_states[0]
             if d.relation_rope:
@@ -166,9 +215,7 @@ def distillation(recipe: Recipe, corpus: text.Corpus, teacher: Teacher, answers:
     return Task(batch, token_losses, measure, size * seq_len, corpus.tokenizer, provenance=provenance)
 
 
-def held_out_kl(
-    model: Transformer, teacher: Teacher, corpus: text.Corpus, seq_len: int, limit: int
-) -> float:
+def held_out_kl(model: Transformer, teacher: Teacher, corpus: text.Corpus, seq_len: int, limit: int) -> float:
     """KL(teacher || student) in nats per token of held-out text, at temperature 1, in float32.
 
     Args:

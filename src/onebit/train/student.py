@@ -79,7 +79,8 @@ def to_master(teacher: Checkpoint) -> Checkpoint:
     """A dense model of any format as float32 arrays, which `Transformer.from_checkpoint` takes."""
     # Of a packed one a shortlist goes with the head.
     tensors: dict[str, Weights] = {
-        name: np.array(rows(name, teacher.tensors[name]), np.float32) for name in teacher.config.tensor_shapes()
+        name: np.array(rows(name, teacher.tensors[name]), np.float32)
+        for name in teacher.config.tensor_shapes()
     }
     return replace(teacher, tensors=tensors)
 

@@ -1,0 +1,108 @@
+"""How a run is doing beyond its loss: codes that flip, codes that are zero, inputs that saturate, losses that climb."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebit.nn.transformer import Transformer
+from onebit.quant import quantize_weights
+from onebit.train.options import CODES
+
+# A run has diverged when, for so many steps on end, the loss is above the best mean over as many steps by this much:
+# the larger of the two bounds.
+WINDOW = 20
+RISE_NATS, RISE_SHARE = 1.0, 0.5
+
+
+class Watch:
+    """Whether the loss has climbed for good.
+
+        high: loss > best + max(1, best / 2),  best = least mean loss of 20 successive steps so far
+        diverged: high for 20 steps on end
+
+    One step that is high means nothing, but no state is saved then.
+    """
+
+    def __init__(self) -> None:
+        self.best = math.inf
+        self.n_high = 0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def bound(self) -> float:
+        """What a loss should not exceed; infinity in the first steps."""
+        return self.best + max(RISE_NATS, RISE_SHARE * self.best)
+
+    def add(self, loss: float) -> bool:
+        """Take the loss of a step; return whether the run has diverged."""
+        self.n_high = self.n_high + 1 if loss > self.bound else 0
+        self._recent.append(loss)
+        if len(self._recent) == WINDOW:
+            self.best = min(self.best, sum(self._recent) / WINDOW)
+        return self.n_high >= WINDOW
+
+
+@torch.no_grad()
+def look(
+    model: Transformer,
+    losses: Callable[..., Tensor],
+    arrays: tuple[Tensor, ...],
+    precision: AbstractContextManager[Any],
+    extras: dict[str, Tensor],
+) -> dict[str, list[float]]:
+    """Figures of each layer, first to last.
+
+    Args:
+        model: the model that is trained.
+        losses: of the task, not compiled.
+        arrays: a batch of the task; its first example runs once more.
+        precision: the autocast of the run.
+        extras: keeps the codes between looks.
+
+    Returns:
+        flips: share of the codes that differ from those of the last look; not there at the first.
+        zeros: share of the codes that are zero; not there for dense layers.
+        saturated: mean over the inputs of the linear layers of the share of least and largest codes.
+        largest: largest magnitude of any such input.
+    """
+    model.rounding.notes = notes = []
+    try:
+        with precision:
+            losses(model, *(array[:1] for array in arrays))
+    finally:
+        model.rounding.notes = None
+    # Each layer multiplies four inputs; recomputing a layer would note them again.
+    count = len(notes) // len(model.layers)
+    layers = [notes[i * count : (i + 1) * count] for i in range(len(model.layers))]
+    figures = {
+        "saturated": [sum(share for _, share in layer) / max(len(layer), 1) for layer in layers],
+        "largest": [max((size for size, _ in layer), default=0.0) for layer in layers],
+    }
+    if model.config.weights != "dense":
+        figures = _codes(model, extras) | figures
+    # Six digits are plenty for a look, and a record stays a line.
+    return {name: [float(f"{value:.6g}") for value in values] for name, values in figures.items()}
+
+
+def _codes(model: Transformer, extras: dict[str, Tensor]) -> dict[str, list[float]]:
+    config, masters = model.config, model.masters()
+    n_layers = config.n_layers
+    flips, zeros, total = [0] * n_layers, [0] * n_layers, [0] * n_layers
+    seen = False
+    for name in model.linear_weights():
+        # From 0: the file of the state knows bytes without a sign.
+        codes = (quantize_weights(masters[name], config.weights, config.scale)[0] + 1).to(torch.uint8)
+        layer, key = int(name.split(".")[1]), f"{name}.{CODES}"
+        if key in extras:
+            seen = True
+            flips[layer] += int((codes != extras[key]).sum())
+        extras[key] = codes
+        zeros[layer] += int((codes == 1).sum())
+        total[layer] += codes.numel()
+    shares = {"zeros": [z / n for z, n in zip(zeros, total, strict=True)]}
+    return {"flips": [f / n for f, n in zip(flips, total, strict=True)], **shares} if seen else shares

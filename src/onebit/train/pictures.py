@@ -1,0 +1,71 @@
+"""The pictures of a run folder, drawn from its metrics: loss.png and health.png."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from onebit.formats.files import write_file
+from onebit.train.state import METRICS
+
+LOSS, HEALTH = "loss.png", "health.png"
+_HELD_OUT = "held_out_"
+_PANELS = {
+    "flips": "codes that flipped since the last look",
+    "zeros": "codes that are zero",
+    "saturated": "inputs with the least or largest code",
+    "largest": "largest input",
+}
+
+
+def draw(out: Path) -> None:
+    """Draw the losses and, where they are recorded, the figures of `health.look` into the run folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    steps = [r["step"] for r in records]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    axes[0].plot(steps, [r["loss"] for r in records], linewidth=0.6)
+    axes[0].set(xlabel="step", ylabel="training loss, nats per token")
+    names = list(dict.fromkeys(name for r in records for name in r if name.startswith(_HELD_OUT)))
+    for name in names:
+        some = [r for r in records if name in r]
+        label = name.removeprefix(_HELD_OUT).replace("_", " ")
+        axes[1].plot([r["step"] for r in some], [r[name] for r in some], marker=".", label=label)
+    axes[1].set(xlabel="step", ylabel="held-out text, bits per byte")
+    if len(names) > 1:
+        axes[1].set(ylabel="held out")
+        axes[1].legend()
+    _write(figure, axes, out / LOSS)
+
+    looks = [r for r in records if "largest" in r]
+    if not looks:
+        return
+    figure, axes = pyplot.subplots(1, 1 + len(_PANELS), figsize=(22, 4), layout="constrained")
+    axes[0].semilogy(steps, [r["grad_norm"] for r in records], linewidth=0.6)
+    axes[0].set(xlabel="step", ylabel="norm of the gradient")
+    for axis, (name, label) in zip(axes[1:], _PANELS.items(), strict=True):
+        some = [r for r in looks if name in r]
+        n_layers = len(some[0][name]) if some else 0
+        for i in range(n_layers):
+            colour = pyplot.colormaps["viridis"](i / max(n_layers - 1, 1))
+            ends = f"layer {i}" if i in (0, n_layers - 1) else None
+            axis.plot([r["step"] for r in some], [r[name][i] for r in some], color=colour, label=ends)
+        axis.set(xlabel="step", ylabel=label)
+        if n_layers:
+            axis.legend()
+    _write(figure, axes, out / HEALTH)
+
+
+def _write(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+    write_file(path, [picture.getvalue()])
