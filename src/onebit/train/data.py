@@ -271,7 +271,7 @@ def prepare(
         )
         raw = given.tokenizer if given else tokenizer.to_str().encode()
         begin, end = (
-            (given.begin_token, given.end_token) if given else (None, tokenizer.token_to_id(END_OF_TEXT))
+            (given.begin_token, given.end_token) if given else (None, tokenizer.get_vocab()[END_OF_TEXT])
         )
         parts = {name: _encode(tokenizer, texts[name], begin, end) for name in texts}
         for name, tokens in parts.items():

@@ -51,7 +51,7 @@ def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, r
     if d is None:
         raise ValueError(f"the recipe {recipe.name} has no teacher; it is trained with: onebit train")
     folder = Path(d.corpus) if d.corpus else out / "corpus"
-    is_made = d.corpus is not None and (folder / "corpus.json").exists()
+    is_made = bool(d.corpus) and (folder / "corpus.json").exists()
     given = given_tokenizer(teacher)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -60,14 +60,16 @@ def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, r
     asked = Teacher(teacher, recipe.precision, device)
     if asked.sha256 != d.teacher_sha256:
         raise ValueError(
-            f"{d.teacher}: another model than the teacher of this run ({asked.sha256[:16]}, not {d.teacher_sha256[:16]}); "
-            f"give the same one with --teacher, or start another run"
+            f"{d.teacher}: not the teacher of this run ({asked.sha256[:16]}, expected {d.teacher_sha256[:16]}); "
+            f"name it with --teacher, or start another run"
         )
     resumed = state.open_run(recipe, folder if is_made else data, out, resume)
     corpus = text.prepare(
         data, folder, source.include, source.vocab_size, source.held_out, source.seq_len, given
     )
     if not resume:
+        # A corpus of its own has made the folder.
+        out.mkdir(parents=True, exist_ok=True)
         state.start(recipe, out)
     answers = None
     if d.cache_logits:
@@ -131,7 +133,8 @@ def given_tokenizer(teacher: Checkpoint) -> text.Given:
     n_tokens = Tokenizer(data).vocab_size
     if n_tokens > config.vocab_size:
         raise ValueError(
-            f"the teacher's tokenizer has {n_tokens} tokens, its embedding {config.vocab_size}; they do not belong together"
+            f"the teacher's tokenizer has {n_tokens} tokens, its embedding {config.vocab_size} rows; expected a row for "
+            f"each: give the tokenizer that the teacher was trained with"
         )
     if not config.eos_tokens:
         raise ValueError("the teacher names no token that ends a text; set eos_token_id in its config")

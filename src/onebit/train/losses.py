@@ -110,8 +110,8 @@ def relation_loss(
     Raises:
         ValueError: A does not divide the width of all heads of some of them together.
 
-    Source: arXiv:2002.10957 and 2012.15828 for relations, arXiv:2510.13998, equations 10 to 12. Its authors' code divides
-        by the number of heads twice, so that a weight there is A times as large for the same loss.
+    Source: arXiv:2002.10957 and 2012.15828 for relations, arXiv:2510.13998, equations 10 to 12. Its authors' code
+        divides by the number of heads twice, so that a weight there is A times as large for the same loss.
     """
     total_BT = torch.zeros(())
     for s, t in zip(student, teacher, strict=True):
@@ -121,7 +121,7 @@ def relation_loss(
 
 
 def _relations(x_BNTH: Tensor, heads: int) -> Tensor:
-    """log R of one of queries, keys and values, float32 [B, A, T, T]."""
+    """Logs of R of one of queries, keys and values, float32 [B, A, T, T]."""
     x_BTD = x_BNTH.float().transpose(1, 2).flatten(2)
     if x_BTD.shape[-1] % heads:
         raise ValueError(

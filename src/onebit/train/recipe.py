@@ -127,15 +127,15 @@ class Distill:
         tau_squared: multiply it by temperature^2.
         cache_logits: so many of the teacher's likeliest tokens are kept on disk, for all positions, and the teacher is
             not asked again; 0 asks it in every step, for all tokens.
-        corpus: folder for tokens and cached logits, which several runs may share; None takes the run's own.
+        corpus: folder for tokens and cached logits, which several runs may share; "" takes the run's own.
         relations: weight of the relation loss of one layer.
         relation_layer: which; negative numbers count from the last.
         relation_heads: into how many parts queries, keys and values are cut.
         relation_heads_twice: divide by their number once more.
         relation_rope: queries and keys have their rotary positions.
 
-    Source: BitDistill, arXiv:2510.13998. Of the three things in which its authors' code differs from its equations two are
-        choices here: `tau_squared` and `relation_heads_twice` are on in the code. The third, a norm before every linear
+    Source: BitDistill, arXiv:2510.13998. Of the three things in which its authors' code differs from its equations two
+        are choices here: `tau_squared` and `relation_heads_twice` are on in the code. The third, a norm before every linear
         layer instead of two, is not: a model here has no such norms. (Their figures: temperature 5, logits 10 and
         relations 1e5 for classification, 1 and 1e3 for summaries, queries and keys after rotation.)
     """
@@ -148,7 +148,7 @@ class Distill:
     temperature: float = 1.0
     tau_squared: bool = False
     cache_logits: int = 0
-    corpus: str | None = None
+    corpus: str = ""
     relations: float = 0.0
     relation_layer: int = -1
     relation_heads: int = 1

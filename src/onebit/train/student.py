@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from onebit.checkpoint import Checkpoint, rows
 from onebit.checkpoint import Tensor as Weights
 from onebit.config import ModelConfig
-from onebit.nn.transformer import Transformer
+from onebit.nn.transformer import Block, Transformer
 
 SUB_NORMS = ("attn_sub_norm", "ffn_sub_norm")
 
@@ -99,6 +99,7 @@ def sub_norm_gains(teacher: Checkpoint, tokens_BT: Tensor) -> dict[str, Weights]
     config = replace(teacher.config, sub_norm=True)
     fits: dict[str, _Fit] = {}
     for i, block in enumerate(model.layers):
+        assert isinstance(block, Block)
         # From here on the model asks for its sub-norms, and finds the identity.
         block.config = config
         for name in SUB_NORMS:

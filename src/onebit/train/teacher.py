@@ -45,9 +45,9 @@ class TopK(NamedTuple):
         log_rest: log of the sum of all other probabilities, float16 [n].
     """
 
-    ids: np.ndarray
-    log_p: np.ndarray
-    log_rest: np.ndarray
+    ids: np.memmap
+    log_p: np.memmap
+    log_rest: np.memmap
 
 
 class Teacher:
