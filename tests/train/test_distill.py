@@ -1,5 +1,6 @@
-"""Invariant: a student begins near its teacher and comes nearer; kept answers are those that are asked for; the same run
-after a stop. Exact: gains, tokens around documents. What does not fit is refused.
+"""Invariant: a student comes nearer to its teacher, kept answers are those that are asked for, a stopped run is the same.
+
+Exact: gains, tokens around documents. What does not fit is refused.
 """
 
 import json
