@@ -79,7 +79,7 @@ def test_json_round_trip(changes):
         ({"d_head": 15}, "d_head 15 is odd"),
         ({"activation": "gelu"}, "activation is 'gelu'; expected one of silu, relu2"),
         ({"weights": ["b1"]}, "expected one of b1.58, b1, dense"),
-        ({"activations": "a2"}, "expected one of a15, a8, a4, a1, none"),
+        ({"activations": "a2"}, "expected one of a15, a8, a4.8, a4, a1, none"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "expected a positive number"),

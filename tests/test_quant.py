@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from onebit import quant
 
 F = np.float32
-ACTIVATIONS = quant.ACTIVATION_QUANTIZERS
+ACTIVATIONS = quant.INPUT_QUANTIZERS
 GRANULARITIES = ["tensor", "row", 4]
 
 floats = st.floats(-100, 100, width=32, allow_subnormal=False)
@@ -53,6 +53,14 @@ def test_scale_shape_and_values_per_granularity(granularity, shape):
 def test_a8_by_hand():
     codes, scale = quant.quantize_a8(np.array([[127.0, -127.0, 0.5, 1.5, -2.5]], F))
     assert codes.tolist() == [[127, -127, 0, 2, -2]] and scale.tolist() == [[1.0]]
+
+
+def test_a8_half_by_hand():
+    # Of five values the two largest stay, and what equals the smaller of them.
+    codes, scale = quant.quantize_a8_half(f32(127, 1, -2, 50, 0.5)[None])
+    assert codes.tolist() == [[127, 0, 0, 50, 0]] and scale.tolist() == [[1.0]]
+    codes, _ = quant.quantize_a8_half(f32(127, -3, 3, 2)[None])
+    assert codes.tolist() == [[127, -3, 3, 0]]
 
 
 def test_a4_by_hand():
@@ -133,7 +141,13 @@ def test_rows_and_groups_do_not_see_each_other(w, granularity):
 @given(rows)
 def test_activation_codes_are_whole_and_bounded(name, x):
     codes, scale = ACTIVATIONS[name](x)
-    low, high = {"a8": (-127, 127), "a4": (-8, 7), "a1": (-1, 1), "a15": (-16256, 16256)}[name]
+    low, high = {
+        "a8": (-127, 127),
+        "a8-half": (-127, 127),
+        "a4": (-8, 7),
+        "a1": (-1, 1),
+        "a15": (-16256, 16256),
+    }[name]
     assert np.array_equal(codes, np.rint(codes)) and codes.min() >= low and codes.max() <= high
     assert scale.shape == (len(x), 1) and scale.dtype == F and (scale > 0).all()
     if name in ("a8", "a15"):

@@ -210,16 +210,28 @@ int positive(nb::handle config, const char* name) {
 }
 
 template <class Choice>
-Choice choose(nb::handle config, const char* name, std::initializer_list<std::pair<const char*, Choice>> choices) {
-  const auto value = nb::cast<std::string>(config.attr(name));
+Choice choose(const std::string& value, const char* name,
+              std::initializer_list<std::pair<const char*, Choice>> choices) {
   for (const auto& [text, choice] : choices) {
     if (value == text) return choice;
   }
   fail("config: ", name, " is ", value, ", which the core does not know");
 }
 
-onebit::ModelConfig read_config(nb::handle config) {
+// How the input of a linear layer is quantised.
+onebit::Activations read_activations(nb::handle config, const char* layer) {
   using onebit::Activations;
+  const auto value = nb::cast<std::string>(config.attr("input_quantizer")(layer));
+  return choose<Activations>(value, "activations",
+                             {{"a15", Activations::kA15},
+                              {"a8", Activations::kA8},
+                              {"a8-half", Activations::kA8Half},
+                              {"a4", Activations::kA4},
+                              {"a1", Activations::kA1},
+                              {"none", Activations::kNone}});
+}
+
+onebit::ModelConfig read_config(nb::handle config) {
   using onebit::FfnActivation;
   return {
       .vocab_size = positive(config, "vocab_size"),
@@ -232,14 +244,12 @@ onebit::ModelConfig read_config(nb::handle config) {
       .max_seq_len = positive(config, "max_seq_len"),
       .rope_attention_factor = nb::cast<double>(config.attr("rope_attention_factor")),
       .norm_eps = nb::cast<float>(config.attr("norm_eps")),
-      .activation = choose<FfnActivation>(config, "activation",
+      .activation = choose<FfnActivation>(nb::cast<std::string>(config.attr("activation")), "activation",
                                           {{"silu", FfnActivation::kSilu}, {"relu2", FfnActivation::kRelu2}}),
-      .activations = choose<Activations>(config, "activations",
-                                         {{"a15", Activations::kA15},
-                                          {"a8", Activations::kA8},
-                                          {"a4", Activations::kA4},
-                                          {"a1", Activations::kA1},
-                                          {"none", Activations::kNone}}),
+      .activations = read_activations(config, "q"),
+      .o_activations = read_activations(config, "o"),
+      .down_activations = read_activations(config, "down"),
+      .hadamard = nb::cast<bool>(config.attr("hadamard")),
       .sub_norm = nb::cast<bool>(config.attr("sub_norm")),
       .qk_norm = nb::cast<bool>(config.attr("qk_norm")),
       .qkv_bias = nb::cast<bool>(config.attr("qkv_bias")),

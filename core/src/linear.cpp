@@ -1,7 +1,9 @@
 #include "onebit/linear.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
+#include <cstdint>
 
 namespace onebit {
 namespace {
@@ -152,6 +154,22 @@ PackedMatrix to_r64(ThreadPool& pool, const PackedMatrix& t80, Buffer<std::uint8
   return r64;
 }
 
+namespace {
+
+// Zeros the codes of values below the median magnitude; those that equal it stay. As whole numbers the bits of magnitudes
+// have their order, and NaN a place in it.
+void keep_larger_half(const float* x, int n, std::uint32_t* magnitudes, std::int8_t* codes) {
+  const auto magnitude = [&](int i) { return std::bit_cast<std::uint32_t>(x[i]) & 0x7FFFFFFF; };
+  for (int i = 0; i < n; ++i) magnitudes[i] = magnitude(i);
+  std::uint32_t* least = magnitudes + std::min(n - n / 2, n - 1);
+  std::nth_element(magnitudes, least, magnitudes + n);
+  for (int i = 0; i < n; ++i) {
+    if (magnitude(i) < *least) codes[i] = 0;
+  }
+}
+
+}  // namespace
+
 Chunks Chunks::of(const PackedMatrix& matrix) {
   const int group = matrix.group ? matrix.group : pad_inputs(matrix.k);
   return {group, pad_inputs(matrix.k) / group, (group + kMaxDotInputs - 1) / kMaxDotInputs};
@@ -173,6 +191,7 @@ void QuantizedRows::resize(const PackedMatrix& matrix, int rows, Activations kin
   codes.reserve(static_cast<std::size_t>(rows) * n_planes * ld);
   sums.reserve(static_cast<std::size_t>(rows) * n_planes * chunks.count());
   scale.reserve(rows);
+  if (kind == Activations::kA8Half) magnitudes.reserve(static_cast<std::size_t>(rows) * k);
 }
 
 void QuantizedRows::write(const Kernels& kernels, const float* x, int row) {
@@ -185,6 +204,10 @@ void QuantizedRows::write(const Kernels& kernels, const float* x, int row) {
       break;
     case Activations::kA8:
       kernels.quantize_a8(x, k, ld, row_codes(0, row), scale.get() + row);
+      break;
+    case Activations::kA8Half:
+      kernels.quantize_a8(x, k, ld, row_codes(0, row), scale.get() + row);
+      keep_larger_half(x, k, magnitudes.get() + static_cast<std::size_t>(row) * k, row_codes(0, row));
       break;
     case Activations::kA4:
       kernels.quantize_a4(x, k, ld, row_codes(0, row), scale.get() + row);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -17,6 +18,21 @@ namespace {
 // Tokens that pass through the feed-forward layer together: enough to keep the weights read rarely, few enough that its
 // wide activations stay small.
 constexpr int kFfnTokens = 160;
+
+// x = H x / sqrt(n), n a power of two: in each round sums and differences, of nearest pairs first.
+void hadamard(float* x, int n) noexcept {
+  for (int width = 1; width < n; width *= 2) {
+    for (int first = 0; first < n; first += 2 * width) {
+      for (int i = first; i < first + width; ++i) {
+        const float a = x[i], b = x[i + width];
+        x[i] = a + b;
+        x[i + width] = a - b;
+      }
+    }
+  }
+  const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(n)));
+  for (int i = 0; i < n; ++i) x[i] *= scale;
+}
 
 }  // namespace
 
@@ -170,14 +186,15 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
   });
   attention_.run(pool_, batch, cache, layer, w.q_TNH);
 
-  w.codes.resize(weights.o, batch.n_tokens, config_.activations);
+  w.codes.resize(weights.o, batch.n_tokens, config_.o_activations);
   pool_.run(batch.n_tokens, [&](int share, int begin, int end) {
     for (int t = begin; t < end; ++t) {
-      const float* a_NH = w.q_TNH + static_cast<std::size_t>(t) * q_width;
+      float* a_NH = w.q_TNH + static_cast<std::size_t>(t) * q_width;
       if (config_.sub_norm) {
         kernels_.rms_norm(a_NH, weights.attn_sub_norm, config_.norm_eps, q_width, w.row(share, 0));
         a_NH = w.row(share, 0);
       }
+      if (config_.hadamard) hadamard(a_NH, q_width);
       w.codes.write(kernels_, a_NH, t);
     }
   });
@@ -211,7 +228,7 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
   linear(kernels_, pool_, gate_up, w.codes);
 
   const auto activate = config_.activation == FfnActivation::kSilu ? kernels_.silu_mul : kernels_.relu2_mul;
-  w.codes.resize(layer.down, n_tokens, config_.activations);
+  w.codes.resize(layer.down, n_tokens, config_.down_activations);
   pool_.run(n_tokens, [&](int share, int begin, int end) {
     for (std::size_t t = begin; t < static_cast<std::size_t>(end); ++t) {
       float* f_F = w.row(share, 0);
@@ -220,6 +237,7 @@ void Model::feed_forward(const LayerWeights& layer, int first, int n_tokens) {
         kernels_.rms_norm(f_F, layer.ffn_sub_norm, config_.norm_eps, d_ff, w.row(share, 1));
         f_F = w.row(share, 1);
       }
+      if (config_.hadamard) hadamard(f_F, d_ff);
       w.codes.write(kernels_, f_F, static_cast<int>(t));
     }
   });

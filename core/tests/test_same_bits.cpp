@@ -115,6 +115,9 @@ class RandomModel {
                                 .norm_eps = 1e-5f,
                                 .activation = case_.activation,
                                 .activations = case_.activations,
+                                .o_activations = case_.activations,
+                                .down_activations = case_.activations,
+                                .hadamard = false,
                                 .sub_norm = case_.sub_norm,
                                 .qk_norm = case_.norms_and_biases,
                                 .qkv_bias = case_.norms_and_biases};

@@ -177,7 +177,7 @@ class ModelConfig:
             unquantised, "a4.8" (a4 for q, k, v, gate and up, a8 for down, the larger half of a8 for o), or "none"
             (dense only).
         hadamard: the inputs of o and down pass through a normalised Hadamard transform before they are quantised;
-            their widths must be powers of two. Training knows it, the engine does not yet.
+            their widths must be powers of two.
         scale: weights that share a scale: "tensor", "row" or a number of inputs.
         bos_token: id put before a prompt, or None.
         eos_tokens: ids that end a text.
@@ -239,7 +239,7 @@ class ModelConfig:
             raise ValueError(f"config: rope_theta is {self.rope_theta!r}; expected at least 1")
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise ValueError(f"config: rope_scaling is {self.rope_scaling!r}; expected a RopeScaling or None")
-        for name in ("sub_norm", "qk_norm", "qkv_bias", "tied_head"):
+        for name in ("sub_norm", "qk_norm", "qkv_bias", "tied_head", "hadamard"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected true or false")
         if (self.weights == "dense") != (self.activations == "none"):

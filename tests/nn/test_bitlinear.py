@@ -3,13 +3,21 @@
 import pytest
 import torch
 
-from onebit.nn.bitlinear import bit_linear, int8_rows, int15_activations
-from onebit.quant import ACTIVATION_QUANTIZERS, dequantize, quantize_weights
+from onebit.nn.bitlinear import (
+    bit_linear,
+    blended_linear,
+    hadamard,
+    int8_rows,
+    int15_activations,
+    limit_gradient,
+    round_with_noise,
+)
+from onebit.quant import INPUT_QUANTIZERS, dequantize, quantize_weights
 
 CASES = [
     (scheme, activations, granularity)
     for scheme in ("b1.58", "b1")
-    for activations in ACTIVATION_QUANTIZERS
+    for activations in INPUT_QUANTIZERS
     for granularity in ("tensor", "row", 16)
 ]
 
@@ -17,7 +25,7 @@ CASES = [
 def naive(x, w, scheme, activations, granularity):
     """The estimator as papers write it: x + (quantised(x) - x).detach()."""
     w_hat = dequantize(*quantize_weights(w.detach(), scheme, granularity))
-    codes, scale = ACTIVATION_QUANTIZERS[activations](x.detach())
+    codes, scale = INPUT_QUANTIZERS[activations](x.detach())
     w_hat = w + (w_hat - w).detach()
     x_hat = x + (codes * scale - x).detach()
     return x_hat @ w_hat.T
@@ -48,7 +56,7 @@ def test_product_of_codes_is_exact_and_rounded_once(granularity, activations):
     # Sums of a15 leave the whole numbers of float32: magnitudes of one sign.
     x, w = torch.rand(4, 8192), torch.rand(64, 8192)
     w_codes, w_scale = quantize_weights(w, "b1.58", granularity)
-    x_codes, x_scale = ACTIVATION_QUANTIZERS[activations](x)
+    x_codes, x_scale = INPUT_QUANTIZERS[activations](x)
     sums = x_codes.long() @ w_codes.long().T
     assert (sums.abs().max() > 2**24) == (activations == "a15")
     (y,) = bit_linear(x, (w,), "b1.58", activations, granularity)
@@ -74,3 +82,59 @@ def test_head_quantisers_round_forward_and_pass_gradients():
         assert (y - w).abs().le(largest / step / 2 * 1.001).all()
         (grad,) = torch.autograd.grad(y.sum(), w)
         assert torch.equal(grad, torch.ones_like(grad))
+
+
+def test_rounding_sets_in_between_full_precision_and_all_of_it():
+    torch.manual_seed(5)
+    x, w = torch.randn(4, 48), torch.randn(16, 48, requires_grad=True)
+    for strength, expected in ((0.0, x @ w.T), (1.0, bit_linear(x, (w,), "b1.58", "a8", "tensor")[0])):
+        (y,) = blended_linear(x, (w,), "b1.58", "a8", "tensor", torch.tensor(strength))
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    half = w + 0.5 * (dequantize(*quantize_weights(w, "b1.58", "tensor")) - w)
+    codes, scale = INPUT_QUANTIZERS["a8"](x)
+    (y,) = blended_linear(x, (w,), "b1.58", "a8", "tensor", torch.tensor(0.5))
+    torch.testing.assert_close(y, (x + 0.5 * (codes * scale - x)) @ half.T)
+
+
+@pytest.mark.parametrize("activations", INPUT_QUANTIZERS)
+def test_draws_are_neighbours_and_follow_their_probabilities(activations):
+    torch.manual_seed(6)
+    x = torch.randn(1, 64).expand(4000, 64)
+    codes, scale = INPUT_QUANTIZERS[activations](x)
+    drawn, same_scale = round_with_noise(x, activations, 0.3)
+    assert torch.equal(scale, same_scale) and torch.equal(drawn, drawn.round())
+    assert (drawn - codes).abs().max() <= (2 if activations == "a1" else 1)
+    assert drawn.min() >= codes.min() - 1 and drawn.max() <= codes.max() + 1
+    exact = x[0] / scale[0]
+    if activations == "a1":
+        probability, share = torch.sigmoid(exact / 0.3), (drawn > 0).float().mean(0)
+    else:
+        inner = (codes[0] != codes.max()) & (codes[0] != codes.min()) & (codes[0] != 0)
+        probability = torch.sigmoid((exact - exact.floor() - 0.5) / 0.3)[inner]
+        share = (drawn > exact.floor()).float().mean(0)[inner]
+    assert (share - probability).abs().max() < 0.05
+    torch.testing.assert_close(round_with_noise(x[:1], activations, 1e-9)[0], codes[:1])
+
+
+def test_hadamard_is_the_orthogonal_matrix_and_its_own_inverse():
+    h = torch.ones(1, 1)
+    while len(h) < 64:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    torch.manual_seed(7)
+    x = torch.randn(3, 64, requires_grad=True)
+    y = hadamard(x)
+    torch.testing.assert_close(y, x @ h / 8)
+    torch.testing.assert_close(hadamard(y), x)
+    weight = torch.randn(3, 64)
+    (grad,) = torch.autograd.grad((y * weight).sum(), x)
+    torch.testing.assert_close(grad, weight @ h / 8)
+
+
+def test_only_gradients_of_tokens_above_the_limit_are_shortened():
+    x = torch.zeros(4, 2, requires_grad=True)
+    weight = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.5], [0.0, 0.0]])
+    y = limit_gradient(x, 1.0)
+    assert torch.equal(y, x)
+    (grad,) = torch.autograd.grad((y * weight).sum(), x)
+    limit = ((25 + 0.25 + 0.25) / 4) ** 0.5
+    torch.testing.assert_close(grad, torch.cat([weight[:1] * limit / 5, weight[1:]]))

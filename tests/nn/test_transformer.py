@@ -19,6 +19,8 @@ VARIANTS = [
     {"activations": "a15"},
     {"weights": "dense", "activations": "none"},
     {"qk_norm": True, "qkv_bias": True},
+    {"activations": "a4.8"},
+    {"hadamard": True, "d_ff": 64, "activations": "a4"},
 ]
 
 

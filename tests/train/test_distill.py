@@ -1,4 +1,4 @@
-"""Invariant: a student comes nearer to its teacher, kept answers are those that are asked for, a stopped run is the same.
+"""Invariant: a student comes nearer to its teacher; kept answers are live ones; a stopped run is the same run.
 
 Exact: gains, tokens around documents. What does not fit is refused.
 """

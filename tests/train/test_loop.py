@@ -131,8 +131,8 @@ def test_a_damaged_state_is_named(texts, tmp_path):
     header, contents = tensors.split_header(tensors.map_file(path))
     whole = {name: np.array(a) for name, a in tensors.views(header, contents).items()}
     states = [("x", whole), ("3", whole), ("", whole), ("1", {}), ("1", dict(list(whole.items())[1:]))]
-    for step, state in states:
-        tensors.write(path, {"step": step}, state)
+    for step, contents in states:
+        tensors.write(path, {"step": step}, contents)
         with pytest.raises(ValueError, match=rf"{STATE}: not the state"):
             train(recipe, None, tmp_path / "run", resume=True)
     path.write_bytes(path.read_bytes()[:100])

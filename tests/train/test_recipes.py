@@ -1,13 +1,14 @@
 """Invariants of recipes and exact behaviour of overrides; every recipe trains for two steps."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 import tiny
 from onebit.train import RECIPES, build, train
-from onebit.train.recipes import read
+from onebit.train.recipes import SIZES, Options, read
 
 
 def test_overrides_reach_every_kind_of_field():
@@ -45,6 +46,9 @@ def test_overrides_that_must_fit_together_come_in_any_order():
     ("name", "overrides", "message"),
     [
         ("storys", [], "unknown recipe 'storys'; did you mean 'stories'"),
+        ("stories", ["size=1M"], "stories has one size; recipes with a choice of size: b1.58"),
+        ("b1.58", ["size=2M"], "size is '2M'; did you mean"),
+        ("b1.58-hadamard", ["model.d_ff=96"], "hadamard with 96 inputs of down; expected a power of two"),
         ("stories", ["stepz=3"], "did you mean 'steps'"),
         ("stories", ["optim.lrr=3"], "did you mean 'lr'"),
         ("stories", ["steps"], "expected a.b=c"),
@@ -85,17 +89,44 @@ def test_a_recipe_comes_back_from_its_file(name, tmp_path):
     assert read(path) == recipe
     text = path.read_text()
     damaged = [text.replace("steps", "stepz"), text.replace('"seed": 1', '"seed": 1.5')]
-    damaged += [text.replace('"threads": 1', '"threads": true'), "[" * 100000]
+    damaged += [text.replace('"threads": ', '"threads": true, "x": '), "[" * 100000]
     for content in ("{", "{}", "[]", '{"name": "x"}', '{"model": {}, "data": []}', *damaged):
         path.write_text(content)
         with pytest.raises(ValueError, match="not a recipe"):
             read(path)
 
 
-def test_twin_differs_in_its_weights_alone():
-    recipe, twin = build("stories"), build("stories-dense")
-    assert replace(twin, name="stories", model=recipe.model) == recipe
-    assert replace(twin.model, weights="b1.58", activations="a8") == recipe.model
+@pytest.mark.parametrize("name", [name for name in RECIPES if f"{name}-dense" in RECIPES])
+def test_twin_differs_in_its_weights_alone(name):
+    recipe, twin = build(name), build(f"{name}-dense")
+    assert twin.options == Options()
+    assert replace(twin, name=name, model=recipe.model, options=recipe.options) == recipe
+    rounding = {field: getattr(recipe.model, field) for field in ("weights", "activations", "hadamard")}
+    assert replace(twin.model, **rounding) == recipe.model
+
+
+# What each size has in weights, and the published shapes.
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_are_what_they_are_called(size):
+    recipe = build("b1.58", size=size)
+    assert build("b1.58", [f"size={size}"]) == recipe
+    n_weights = sum(math.prod(shape) for shape in recipe.model.tensor_shapes().values())
+    named = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+    assert named * 0.9 < n_weights < named * 1.15
+    assert build("b1.58", [f"size={size}", "model.n_layers=2"]).model.n_layers == 2
+    rotated = build("b1.58-hadamard", size=size).model
+    assert all(rotated.linear_shapes()[name][1].bit_count() == 1 for name in ("o", "down"))
+
+
+def test_schedules_are_the_published_ones():
+    assert [build("b1.58", size=s).optim.at(374, 100000)[0] for s in ("700M", "3B")] == pytest.approx(
+        [1.5e-3 * (1 - 374e-5), 1.2e-3 * (1 - 374e-5)]
+    )
+    assert build("b1.58", size="1.3B").optim.at(50000, 100000) == (pytest.approx(4e-4), 0.0)
+    binary = build("b1", size="125M", overrides=["steps=40000", "optim.warmup_steps=750"]).optim
+    assert (binary.beta1, binary.beta2, binary.grad_clip) == (0.9, 0.98, 0.0)
+    assert binary.at(749, 40000) == (pytest.approx(2.4e-3 * (1 - 749 / 40000)), 0.01)
+    assert binary.at(30000, 40000) == (pytest.approx(2.4e-3 / 4), 0.01)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -104,7 +135,9 @@ def test_every_recipe_trains_for_two_steps(name, tmp_path):
     for i in range(40):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
     small = ["data.include=*", "data.vocab_size=300", "data.held_out=0.2", "data.seq_len=32", "steps=2"]
-    recipe = build(name, [*small, "compile=false", "evaluate_sequences=1"])
+    if name not in ("tiny", "stories", "stories-dense"):
+        small += ["size=1M", "health_every=1"]
+    recipe = build(name, [*small, "compile=false", "evaluate_sequences=1", "threads=1"])
     train(recipe, tmp_path / "texts", tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -41,6 +41,8 @@ struct QuantizedRows {
   Buffer<float> scale;        // [T]
   Buffer<float> floats;       // [T, ld] instead of all that
 
+  Buffer<std::uint32_t> magnitudes;  // [T, K], to find the larger half of a row
+
   std::int8_t* row_codes(int plane, int row) const {
     return codes.get() + (static_cast<std::size_t>(plane) * n_rows + row) * ld;
   }

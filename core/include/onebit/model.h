@@ -33,7 +33,10 @@ struct ModelConfig {
   double rope_attention_factor;
   float norm_eps;
   FfnActivation activation;
-  Activations activations;
+  Activations activations;  // of q, k, v, gate and up
+  Activations o_activations;
+  Activations down_activations;
+  bool hadamard;  // rotates the inputs of o and down, whose widths are powers of two
   bool sub_norm;
   bool qk_norm;
   bool qkv_bias;

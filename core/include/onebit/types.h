@@ -45,7 +45,7 @@ constexpr int pad_inputs(int k) { return (k + kInputAlign - 1) / kInputAlign * k
 inline constexpr int kMaxDotInputs = 32768;
 
 // Quantisers of a layer's input, as in quant.py; kNone keeps floats, for dense matrices.
-enum class Activations { kA15, kA8, kA4, kA1, kNone };
+enum class Activations { kA15, kA8, kA8Half, kA4, kA1, kNone };
 
 // A packed matrix [n, k]: data is uint8 [ceil(n / tile_rows), pad_inputs(k) / 4, 64].
 struct PackedMatrix {

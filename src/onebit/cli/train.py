@@ -16,6 +16,10 @@ def train(
         Path | None, typer.Option(help="Folder of text to learn from.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write.", show_default=False)] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="How large a model, for recipes that come in sizes: 1M to 3B.", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="a.b=c", help="Change a field of the recipe; repeatable."),
@@ -33,13 +37,15 @@ def train(
 
     if list_recipes:
         for name, build in recipes.RECIPES.items():
-            print(f"{name:16}{(build.__doc__ or '').splitlines()[0]}")
+            print(f"{name:22}{(build.__doc__ or '').splitlines()[0]}")
         return
     if not resume and recipe is None:
         raise ValueError("RECIPE is missing; as in: onebit train tiny --data texts --out runs/tiny")
     if out is None:
         raise ValueError("--out is missing; it names the run folder")
     if resume:
+        if size is not None:
+            raise ValueError("--size with --resume; a run keeps the size that it was started with")
         built = recipes.override(recipes.read(out / "recipe.json"), overrides or [])
         if recipe not in (None, built.name):
             raise ValueError(f"{out} is a run of the recipe {built.name}, not {recipe}")
@@ -47,7 +53,7 @@ def train(
         assert recipe is not None
         if data is None:
             raise ValueError("--data is missing; as in: onebit train tiny --data texts --out runs/tiny")
-        built = recipes.build(recipe, overrides or [])
+        built = recipes.build(recipe, overrides, size)
 
     from onebit.train import train as run
 

@@ -44,7 +44,7 @@ class Model:
         int4_shortlist: find the best logits through 4-bit rows, with a bound that is only probable.
 
     Raises:
-        ValueError: a checkpoint that is not packed, a field of its config that only training knows, an instruction set that is not available here, a number of
+        ValueError: a checkpoint that is not packed, an instruction set that is not available here, a number of
             threads outside [1, 1024], or an input too wide for exact sums.
         OSError: the system refuses so many threads.
     """
@@ -62,15 +62,6 @@ class Model:
                 "the engine runs packed models: quantize it first"
             )
         self.config: ModelConfig = checkpoint.config
-        for name, value, known in (
-            ("activations", self.config.activations, "a15, a8, a4, a1 or none for all layers alike"),
-            ("hadamard", self.config.hadamard, "false"),
-        ):
-            if value in ("a4.8", True):
-                raise ValueError(
-                    f"config: {name} is {str(value).lower()}; the engine runs {known}. Such a model can be trained and "
-                    "measured in PyTorch, but not run yet"
-                )
         tensors = {name: _to_core(tensor) for name, tensor in checkpoint.tensors.items()}
         frequencies = np.array(self.config.rope_frequencies(), np.float32)
         isa, threads = choose_isa(isa), choose_threads(threads)

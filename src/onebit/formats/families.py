@@ -18,6 +18,10 @@ def family(config: ModelConfig) -> Family:
     Raises:
         ValueError: flags that no family has together.
     """
+    if config.hadamard:
+        raise ValueError(
+            "hadamard: no other program rotates the inputs of a model so; it can only be kept as a .onebit file"
+        )
     flags = {"bitnet": config.sub_norm, "qwen3": config.qk_norm, "qwen2": config.qkv_bias}
     names: list[Family] = ["bitnet", "qwen3", "qwen2"]
     found = [name for name in names if flags[name]]

@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebit.quant import (
-    INPUT_QUANTIZERS,
     A8_LEVELS,
     A15_LEVELS,
+    INPUT_QUANTIZERS,
     Granularity,
     dequantize,
     quantize_a15,
     quantize_rows,
     quantize_weights,
 )
-
 
 # Least and largest codes, where values are clipped; "a1" has two codes.
 _LIMITS = {
@@ -230,7 +229,8 @@ def limit_gradient(y: Tensor, multiple: float) -> Tensor:
 
     Applied to the output of a linear layer: no single token moves the weights behind the codes at will.
     """
-    return _LimitGradient.apply(y, multiple)  # type: ignore[no-any-return]
+    limited: Tensor = _LimitGradient.apply(y, multiple)
+    return limited
 
 
 class _LimitGradient(torch.autograd.Function):

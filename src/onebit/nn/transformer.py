@@ -25,7 +25,6 @@ from onebit.nn.bitlinear import (
     limit_gradient,
 )
 
-
 _EXACT = Rounding()
 
 

@@ -133,8 +133,8 @@ def given_tokenizer(teacher: Checkpoint) -> text.Given:
     n_tokens = Tokenizer(data).vocab_size
     if n_tokens > config.vocab_size:
         raise ValueError(
-            f"the teacher's tokenizer has {n_tokens} tokens, its embedding {config.vocab_size} rows; expected a row for "
-            f"each: give the tokenizer that the teacher was trained with"
+            f"the teacher's tokenizer has {n_tokens} tokens, its embedding {config.vocab_size} rows; expected a row "
+            f"for each: give the tokenizer that the teacher was trained with"
         )
     if not config.eos_tokens:
         raise ValueError("the teacher names no token that ends a text; set eos_token_id in its config")

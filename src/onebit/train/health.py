@@ -70,7 +70,8 @@ def look(
         saturated: mean over the inputs of the linear layers of the share of least and largest codes.
         largest: largest magnitude of any such input.
     """
-    model.rounding.notes = notes = []
+    notes: list[tuple[float, float]] = []
+    model.rounding.notes = notes
     try:
         with precision:
             losses(model, *(array[:1] for array in arrays))

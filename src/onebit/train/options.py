@@ -31,7 +31,7 @@ def set_rounding(rounding: Rounding, recipe: Recipe, step: int, device: torch.de
         lambda = min(1, (step + 1) / lambda_steps)      w + lambda (Q(w) - w), and so for its input
         activations: those of the first phase before first_share of the steps, then those of the model
 
-    Source: lambda, Hugging Face, "Fine-tuning LLMs to 1.58bit" (2024). Two phases, arXiv:2411.04965 section 3.2.
+    Source: for lambda, Hugging Face, "Fine-tuning LLMs to 1.58bit" (2024). Two phases, arXiv:2411.04965 section 3.2.
     """
     options = recipe.options
     strength = min(1.0, (step + 1) / options.lambda_steps) if options.lambda_steps else 1.0
@@ -72,7 +72,9 @@ def settle(model: Transformer, recipe: Recipe, extras: dict[str, Tensor]) -> Non
 
 
 def clip(weight: Tensor, multiple: float) -> None:
-    """w = clip(w, -c, c), c = multiple * mean|w|: no weight drifts so far that its code can never change again.
+    """Limit magnitudes, so that no weight drifts so far that its code can never change again.
+
+        w = clip(w, -c, c)        c = multiple * mean|w|
 
     Signs stay as they are. The scale of the codes, mean|w|, moves with the clipping.
     """
@@ -81,7 +83,9 @@ def clip(weight: Tensor, multiple: float) -> None:
 
 
 def stabilise(weight: Tensor, target: float) -> None:
-    """w = w * t / (0.99 t + 0.01 mean|w|): the mean magnitude, and with it the scale of the codes, is held at t.
+    """Hold the mean magnitude of a matrix, and with it the scale of its codes, at a target t.
+
+        w = w * t / (0.99 t + 0.01 mean|w|)
 
     The same as dividing by a moving average of mean|w| which is divided along with the weights, so that nothing has to
     be remembered. Codes do not change, as all weights of a matrix move alike.
@@ -90,7 +94,7 @@ def stabilise(weight: Tensor, target: float) -> None:
 
 
 def average(extras: dict[str, Tensor], name: str, value: Tensor, decay: float) -> None:
-    """extras[name] = decay * extras[name] + (1 - decay) * value, from value on."""
+    """Move an average towards a value: a = decay * a + (1 - decay) * value, from the first value on."""
     if name in extras:
         extras[name].lerp_(value.detach(), 1 - decay)
     else:

@@ -94,8 +94,8 @@ class Options:
         first_activations: quantiser of the first phase of the run: "a8" before a model of "a4" or "a4.8".
         first_share: share of the steps in the first phase.
 
-    Source: signum, arXiv:1802.04434. lambda, the Hugging Face article on fine-tuning to 1.58 bits (2024). Clipping of latent
-        weights, arXiv:1511.00363. Two phases, arXiv:2411.04965 and arXiv:2504.18415.
+    Source: signum, arXiv:1802.04434; lambda, the Hugging Face article on fine-tuning to 1.58 bits (2024); clipping of
+        latent weights, arXiv:1511.00363; two phases, arXiv:2411.04965 and arXiv:2504.18415.
     """
 
     optimizer: Literal["adamw", "signum"] = "adamw"
@@ -135,9 +135,9 @@ class Distill:
         relation_rope: queries and keys have their rotary positions.
 
     Source: BitDistill, arXiv:2510.13998. Of the three things in which its authors' code differs from its equations two
-        are choices here: `tau_squared` and `relation_heads_twice` are on in the code. The third, a norm before every linear
-        layer instead of two, is not: a model here has no such norms. (Their figures: temperature 5, logits 10 and
-        relations 1e5 for classification, 1 and 1e3 for summaries, queries and keys after rotation.)
+        are choices here: `tau_squared` and `relation_heads_twice` are on in the code. The third, a norm before every
+        linear layer instead of two, is not: a model here has no such norms. (Their figures: temperature 5, logits 10
+        and relations 1e5 for classification, 1 and 1e3 for summaries, queries and keys after rotation.)
     """
 
     teacher: str

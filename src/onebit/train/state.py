@@ -56,6 +56,7 @@ def open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool
 
 def start(recipe: Recipe, out: Path) -> None:
     """Write the recipe: from here on the folder holds a run."""
+    out.mkdir(parents=True, exist_ok=True)
     write_file(out / run.RECIPE, [json.dumps(recipe.to_dict(), indent=2).encode() + b"\n"])
 
 

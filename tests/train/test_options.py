@@ -1,0 +1,201 @@
+"""Exact and invariant: every option does what its formula says, and a run with all of them resumes to the bit."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from onebit.checkpoint import quantize
+from onebit.formats import run as run_folder
+from onebit.llm import LLM
+from onebit.nn.bitlinear import Rounding
+from onebit.nn.transformer import Transformer
+from onebit.train import build, options, state, train
+from onebit.train.optim import Schedule
+from onebit.train.optimizers import Signum, make
+from onebit.train.recipe import Recipe
+from onebit.train.state import METRICS
+
+SMALL = ["data.vocab_size=300", "data.seq_len=32", "model.d_model=48", "model.d_ff=64", "batch_size=4"]
+ALL = {
+    "optimizer": "signum",
+    "lambda_steps": "3",
+    "noise": "0.1",
+    "gradient_limit": "2",
+    "latent_clip": "4",
+    "stabilise": "0.02",
+    "l1": "1e-5",
+    "l2": "1e-4",
+    "learned_scale": "true",
+    "ema": "0.9",
+    "first_activations": "a8",
+    "first_share": "0.5",
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
+    return folder
+
+
+def records(out):
+    found = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    return [{name: x for name, x in record.items() if name != "tok_per_s"} for record in found]
+
+
+def weights(out):
+    return {name: np.array(tensor) for name, tensor in run_folder.read(out).tensors.items()}
+
+
+def interrupted(recipe: Recipe, texts, out, monkeypatch) -> None:
+    """A run that stops after it has saved once, and goes on."""
+    save = state.save
+
+    def save_once(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state, "save", save_once)
+        train(recipe, texts, out)
+    train(recipe, None, out, resume=True)
+
+
+# Each alone, and all together.
+GROUPS = [[name] for name in ALL if name != "first_share"] + [list(ALL)]
+
+
+@pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0] if len(names) == 1 else "all")
+def test_a_run_with_options_differs_from_one_without_and_resumes_to_the_bit(
+    names, texts, tmp_path, monkeypatch
+):
+    frame = [*SMALL, "steps=8", "save_every=2", "health_every=3", "evaluate_every=4", "model.scale=row"]
+    if "first_activations" in names:
+        frame += ["model.activations=a4.8", "options.first_activations=none"]
+    if "optimizer" in names:
+        frame += ["optim.lr=1e-3"]
+    recipe = build("tiny", [*frame, *(f"options.{name}={ALL[name]}" for name in names)])
+    train(build("tiny", frame), texts, tmp_path / "plain")
+    train(recipe, texts, tmp_path / "whole")
+    assert any(
+        not np.array_equal(w, weights(tmp_path / "whole")[name])
+        for name, w in weights(tmp_path / "plain").items()
+    )
+    interrupted(recipe, texts, tmp_path / "again", monkeypatch)
+    assert records(tmp_path / "whole") == records(tmp_path / "again")
+    assert all(
+        np.array_equal(w, weights(tmp_path / "again")[name])
+        for name, w in weights(tmp_path / "whole").items()
+    )
+
+
+def test_the_signs_of_averaged_gradients_move_weights_by_the_learning_rate():
+    w = torch.nn.Parameter(torch.tensor([[1.0, -2.0, 3.0]]))
+    optimizer = make("signum", Schedule(lr=0.5, beta1=0.5), [w])
+    assert isinstance(optimizer, Signum)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    for grad in ([4.0, -1.0, 0.0], [-1.0, 3.0, 0.0]):
+        w.grad = torch.tensor([grad])
+        optimizer.step()
+    # Averages 2, -0.5, 0 and then 0.5, 1.25, 0.
+    expected = torch.tensor([[1.0, -2.0, 3.0]])
+    for sign in ([1.0, -1.0, 0.0], [1.0, 1.0, 0.0]):
+        expected = expected * (1 - 0.5 * 0.1) - 0.5 * torch.tensor([sign])
+    torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_lambda_rises_to_one_and_phases_follow_one_another():
+    recipe = build(
+        "tiny",
+        ["steps=100", "options.lambda_steps=4", "options.first_activations=a8", "options.first_share=0.95"],
+    )
+    rounding = Rounding()
+    strengths, kinds = [], []
+    for step in range(100):
+        options.set_rounding(rounding, recipe, step, torch.device("cpu"))
+        strengths.append(None if rounding.strength is None else rounding.strength.item())
+        kinds.append(rounding.activations)
+    assert strengths == [0.25, 0.5, 0.75] + [None] * 97
+    assert kinds == ["a8"] * 95 + [None] * 5
+
+
+def test_clipping_keeps_signs_and_stabilising_keeps_codes():
+    torch.manual_seed(1)
+    w = torch.randn(16, 32)
+    clipped, before = w.clone(), w.abs().mean()
+    options.clip(clipped, 1.5)
+    assert torch.equal(clipped.sign(), w.sign())
+    assert torch.equal(clipped.abs(), w.abs().clamp_max(1.5 * before)) and not torch.equal(clipped, w)
+    held = w.clone()
+    for _ in range(2000):
+        options.stabilise(held, 1.0)
+    assert abs(held.abs().mean().item() - 1) < 1e-4
+    assert torch.allclose(held / held.abs().mean(), w / before, atol=1e-4)
+
+
+def test_penalties_are_the_gradients_of_their_formulas():
+    model = Transformer(tiny.CONFIG, seed=2)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    options.regularise(model, 0.25, 0.5)
+    w = {name: p.detach().clone().requires_grad_() for name, p in model.linear_weights().items()}
+    sum((0.25 * p.abs() + 0.25 * p.square()).sum() for p in w.values()).backward()
+    for name, p in model.named_parameters():
+        expected = w[name].grad if name in w else torch.zeros_like(p)
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_an_average_is_measured_and_saved_and_the_weights_come_back():
+    model, extras = Transformer(tiny.CONFIG, seed=2), {}
+    recipe = build("tiny", ["options.ema=0.75"])
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options.settle(model, recipe, extras)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    options.settle(model, recipe, extras)
+    with options.averaged(model, extras):
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), first[name] + 0.25)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), first[name] + 1)
+
+
+def test_a_learned_scale_is_part_of_the_weights_that_are_saved():
+    config = tiny.config(scale="row")
+    model = Transformer(config, seed=3, learned_scale=True)
+    generator = torch.Generator().manual_seed(4)
+    gains = [p for name, p in model.named_parameters() if name.endswith(".gain")]
+    assert len(gains) == 7 * config.n_layers
+    with torch.no_grad():
+        for gain in gains:
+            gain.uniform_(0.5, 2, generator=generator)
+    master = replace(tiny.master(config), tensors={name: w.numpy() for name, w in model.masters().items()})
+    tokens = list(range(3, 60))
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([tokens]))[0].numpy()
+    assert np.array_equal(LLM(quantize(master)).logits(tokens), expected)
+    model.train()(torch.tensor([tokens])).square().mean().backward()
+    assert all(gain.grad.abs().sum() > 0 for gain in gains)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["options.learned_scale=true"], "needs rounded weights and --set model.scale=row"),
+        (["options.optimizer=lion"], "'lion' does not fit; expected adamw or signum"),
+        (["options.noise=-1"], "options.noise is -1.0"),
+        (["options.ema=1"], "options.ema is 1.0"),
+        (["options.first_activations=a5"], "expected a15 or a8 or a4 or a1 or none"),
+        (["model.weights=dense", "model.activations=none", "options.first_activations=a8"], "dense weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build("tiny", settings)
