@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import tiny
+from onebit.formats import vocabulary
 from onebit.train import data
 
 
@@ -173,3 +174,16 @@ def test_batches_depend_on_seed_and_step_alone_and_cover_an_epoch():
     assert np.array_equal(data.batch(tokens, 4, 10, 10, 3), data.batch(tokens, 4, 10, 10, 3))
     assert not np.array_equal(data.batch(tokens, 4, 10, 10, 3), data.batch(tokens, 4, 10, 10, 4))
     assert not np.array_equal(data.batch(tokens, 4, 10, 10, 3), data.batch(tokens, 14, 10, 10, 3))
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_bytes_of_tokens_sum_to_the_text_with_any_tokenizer(prefix):
+    pieces = [("\u2581", -1.0, 1), ("a", -2.0, 1), ("\u2581a", -1.5, 1), ("\u00e9", -4.0, 1)]
+    model = tiny.sentencepiece_model([*tiny.SENTENCEPIECE_HEAD, *pieces], add_dummy_prefix=prefix)
+    for raw, begin, end in ((vocabulary.from_sentencepiece(model), 1, 2), (tiny.tokenizer_json(), 0, 0)):
+        tokenizer = Tokenizer.from_buffer(raw)
+        n_bytes = data.count_bytes(tokenizer, end)
+        for text in ("a a aa", "caf\u00e9 \u2581a", "b\nc", "\U0001f600"):
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            spaces = text.replace("\u2581", " ") if end else text
+            assert n_bytes[[*([begin] if begin != end else []), *ids, end]].sum() == len(spaces.encode())

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "train", "tune", "convert", "info")
+VERBS = ("run", "train", "distill", "tune", "convert", "info")
 
 
 class _Verbs(TyperGroup):

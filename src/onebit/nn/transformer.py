@@ -33,6 +33,10 @@ from onebit.packing import PackedTensor
 _EXACT = Rounding()
 
 
+# Queries and keys before their rotary positions, and values; float32 [B, heads, T, H] each.
+States = tuple[Tensor, Tensor, Tensor]
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * gain, over the last axis; in eval mode to the bit what the engine computes."""
 
@@ -119,13 +123,17 @@ class Block(nn.Module):
             ys = tuple(limit_gradient(y, rounding.gradient_limit) for y in ys)
         return ys
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        """One block; cos and sin are float32 [T, H / 2]."""
+    def forward(
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, states: list[States] | None = None
+    ) -> Tensor:
+        """One block; cos and sin are float32 [T, H / 2]. A list of states gets those of this block."""
         c = self.config
         q, k, v = self.linear(self.attn_norm(x_BTD), "q", "k", "v")
         q_BNTH, k_BKTH = _heads(q, c.n_heads), _heads(k, c.n_kv_heads)
         if c.qk_norm:
             q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
+        if states is not None:
+            states.append((q_BNTH, k_BKTH, _heads(v, c.n_kv_heads)))
         q_BNTH = rope(q_BNTH, cos_TH, sin_TH)
         # The cache holds bfloat16, so keys and values are rounded here too.
         k_BKTH = rope(k_BKTH, cos_TH, sin_TH).bfloat16().float()
@@ -241,11 +249,15 @@ class Transformer(nn.Module):
             tensors[name] = (named[name] if gain is None else gain[:, None] * named[name]).detach()
         return tensors
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, layer: int | None = None, states: list[States] | None = None
+    ) -> Tensor:
         """Logits of every position.
 
         Args:
             tokens_BT: int64 [B, T], T at most max_seq_len.
+            layer: whose queries, keys and values are wanted.
+            states: a list that gets them.
 
         Returns:
             float32 [B, T, V].
@@ -255,8 +267,8 @@ class Transformer(nn.Module):
             raise ValueError(f"{length} tokens exceed the context of {self.config.max_seq_len}")
         x_BTD = self._embed(tokens_BT)
         cos_TH, sin_TH = self.cos[:length], self.sin[:length]
-        for block in self.layers:
-            x_BTD = block(x_BTD, cos_TH, sin_TH)
+        for i, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, cos_TH, sin_TH, states if i == layer else None)
         return self._logits(self.norm(x_BTD))
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:

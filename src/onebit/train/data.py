@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -53,6 +54,21 @@ class Corpus:
     token_bytes: np.ndarray
     sha256: str
     tokenizer: bytes
+    end_token: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tokenizer that is not trained here, as that of a teacher.
+
+    Args:
+        tokenizer: bytes of tokenizer.json.
+        begin_token: id put before every document, or None.
+        end_token: id put after every document.
+    """
+
+    tokenizer: bytes
+    begin_token: int | None
     end_token: int
 
 
@@ -217,9 +233,15 @@ def _cut(text: str) -> list[str]:
 
 
 def prepare(
-    data: Path | None, out: Path, include: tuple[str, ...], vocab_size: int, held_out: float, seq_len: int
+    data: Path | None,
+    out: Path,
+    include: tuple[str, ...],
+    vocab_size: int,
+    held_out: float,
+    seq_len: int,
+    given: Given | None = None,
 ) -> Corpus:
-    """Tokenise a folder into shards below `out`, training the tokenizer first, and open them.
+    """Tokenise a folder into shards below `out`, training the tokenizer first unless it is given, and open them.
 
     A document is held out when the hash of its text says so; the choice depends on nothing else.
 
@@ -227,12 +249,14 @@ def prepare(
         data: folder with text; not needed where the shards are finished.
         out: folder for tokenizer.json, train.npy and held_out.npy; finished ones are reused.
         include: see `read_documents`.
-        vocab_size: of the tokenizer.
+        vocab_size: of a tokenizer that is trained.
         held_out: share of the text that is never trained on; see `divide`.
         seq_len: both parts must hold at least one sequence of this length.
+        given: the tokenizer to use, instead of a new one.
 
     Raises:
-        ValueError: no text, too little text, or bad files; nothing is written then. Or damaged shards.
+        ValueError: no text, too little text, or bad files; nothing is written then. Or damaged shards, or those of
+            another tokenizer than the given one.
     """
     if not (out / "corpus.json").exists():
         documents = list(dict.fromkeys(read_documents(check_folder(data), include)))
@@ -242,68 +266,107 @@ def prepare(
                 f"matching {', '.join(include)}"
             )
         texts = divide(documents, held_out, CHARACTERS_PER_TOKEN * (seq_len + 1))
-        tokenizer = train_tokenizer(texts["train"], vocab_size)
-        parts = {name: _encode(tokenizer, texts[name]) for name in texts}
+        tokenizer = (
+            Tokenizer.from_buffer(given.tokenizer) if given else train_tokenizer(texts["train"], vocab_size)
+        )
+        raw = given.tokenizer if given else tokenizer.to_str().encode()
+        begin, end = (
+            (given.begin_token, given.end_token) if given else (None, tokenizer.get_vocab()[END_OF_TEXT])
+        )
+        parts = {name: _encode(tokenizer, texts[name], begin, end) for name in texts}
         for name, tokens in parts.items():
             if len(tokens) <= seq_len:
                 raise ValueError(
                     f"{data}: the {name} part has {len(tokens)} tokens, fewer than one sequence of {seq_len} + 1; "
                     f"give more text or change data.held_out or data.seq_len"
                 )
-        _write(out, tokenizer, parts, len(documents))
+        _write(out, raw, parts, len(documents))
     try:
-        return _open(out)
+        corpus = _open(out, given)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the bindings raise a bare Exception
         raise ValueError(
             f"{out}: the corpus is damaged ({error}); delete it and resume with --data to make it again"
         ) from None
+    if given and corpus.tokenizer != given.tokenizer:
+        raise ValueError(
+            f"{out}: the corpus was made with another tokenizer than the given one; delete it, or choose another folder"
+        )
+    return corpus
 
 
-def _write(out: Path, tokenizer: Tokenizer, parts: dict[str, np.ndarray], n_documents: int) -> None:
+def _write(out: Path, tokenizer: bytes, parts: dict[str, np.ndarray], n_documents: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(tokenizer.to_str().encode())
+    digest = hashlib.sha256(tokenizer)
     for name, tokens in parts.items():
         digest.update(tokens.data)
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
         write_file(out / f"{name}.npy", [header.getvalue(), tokens.data])
-    write_file(out / "tokenizer.json", [tokenizer.to_str().encode()])
+    write_file(out / "tokenizer.json", [tokenizer])
     # Written last: its presence says that the other files are whole.
     about = {"sha256": digest.hexdigest(), "documents": n_documents}
     write_file(out / "corpus.json", [json.dumps(about).encode()])
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    end = tokenizer.token_to_id(END_OF_TEXT)
+def _encode(tokenizer: Tokenizer, texts: list[str], begin: int | None, end: int) -> np.ndarray:
+    # Settings for training on batches of others: they would cut or lengthen a document without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    chunks = [np.array([*encoding.ids, end], dtype) for encoding in tokenizer.encode_batch(texts)]
+    before = [] if begin is None else [begin]
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    chunks = [np.array([*before, *encoding.ids, end], dtype) for encoding in encodings]
     return np.concatenate(chunks) if chunks else np.empty(0, dtype)
 
 
-def _open(out: Path) -> Corpus:
+def _open(out: Path, given: Given | None) -> Corpus:
     raw = (out / "tokenizer.json").read_bytes()
     tokenizer = Tokenizer.from_buffer(raw)
-    # In a byte-level vocabulary every character of a token's name stands for one byte.
-    token_bytes = np.zeros(tokenizer.get_vocab_size(), np.int32)
-    vocab = tokenizer.get_vocab()
-    for name, token in vocab.items():
-        token_bytes[token] = 0 if name == END_OF_TEXT else len(name)
+    end = given.end_token if given else tokenizer.get_vocab()[END_OF_TEXT]
     return Corpus(
         train=np.load(out / "train.npy", mmap_mode="r"),
         held_out=np.load(out / "held_out.npy", mmap_mode="r"),
-        token_bytes=token_bytes,
+        token_bytes=count_bytes(tokenizer, end),
         sha256=json.loads((out / "corpus.json").read_text())["sha256"],
         tokenizer=raw,
-        end_token=vocab[END_OF_TEXT],
+        end_token=end,
     )
 
 
-def batch(tokens: np.ndarray, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
-    """The sequences of one optimiser step, a pure function of its arguments.
+def count_bytes(tokenizer: Tokenizer, end_token: int) -> np.ndarray:
+    """UTF-8 bytes of text that each token stands for, so that those of a document sum to its length.
 
-    Each epoch cuts the tokens into sequences at a random offset and visits them in a random order.
+    Special tokens stand for none. What a tokenizer adds to every text, as the space that some put before it, is taken
+    off at the end token, of which every document has one.
+
+    Args:
+        tokenizer: byte-level, or with the words of SentencePiece.
+        end_token: id of the token that ends a document.
+
+    Returns:
+        int32 [vocabulary].
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    # In a byte-level vocabulary every character of a token's name stands for one byte.
+    is_bytewise = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    vocab = tokenizer.get_vocab()
+    n_bytes = np.zeros(max(vocab.values()) + 1, np.int32)
+    for name, token in vocab.items():
+        if token in added:
+            n_bytes[token] = 0 if added[token].special else len(added[token].content.encode())
+        elif is_bytewise:
+            n_bytes[token] = len(name)
+        else:
+            is_byte = re.fullmatch("<0x[0-9A-Fa-f]{2}>", name)
+            n_bytes[token] = 1 if is_byte else len(name.replace("\u2581", " ").encode())
+    n_bytes[end_token] = 1 - n_bytes[tokenizer.encode("a", add_special_tokens=False).ids].sum()
+    return n_bytes
+
+
+def batch(tokens: np.ndarray, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+    """The sequences of one optimiser step, a pure function of its arguments; see `starts`.
 
     Args:
         tokens: [n], n > seq_len.
@@ -315,12 +378,30 @@ def batch(tokens: np.ndarray, step: int, batch_size: int, seq_len: int, seed: in
     Returns:
         int64 [batch_size, seq_len + 1]: inputs and, shifted by one, targets.
     """
-    n_sequences = (len(tokens) - 1) // seq_len
-    spare = len(tokens) - 1 - n_sequences * seq_len
-    rows = []
+    at = starts(len(tokens), step, batch_size, seq_len, seed)
+    return np.stack([tokens[start : start + seq_len + 1].astype(np.int64) for start in at])
+
+
+def starts(
+    n_tokens: int, step: int, batch_size: int, seq_len: int, seed: int, shifted: bool = True
+) -> list[int]:
+    """Where the sequences of one optimiser step begin, a pure function of its arguments.
+
+    Each epoch cuts the tokens into sequences at a random offset and visits them in a random order.
+
+    Args:
+        n_tokens: more than seq_len.
+        step: number of the batch, from 0.
+        batch_size: sequences.
+        seq_len: tokens to predict in each.
+        seed: of the order.
+        shifted: whether the offset is random; else all epochs have the same sequences, from the first token on.
+    """
+    n_sequences = (n_tokens - 1) // seq_len
+    spare = n_tokens - 1 - n_sequences * seq_len if shifted else 0
+    found = []
     for index in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(index, n_sequences)
         random = np.random.default_rng((seed, epoch))
-        start = int(random.integers(spare + 1)) + int(random.permutation(n_sequences)[place]) * seq_len
-        rows.append(tokens[start : start + seq_len + 1].astype(np.int64))
-    return np.stack(rows)
+        found.append(int(random.integers(spare + 1)) + int(random.permutation(n_sequences)[place]) * seq_len)
+    return found

@@ -46,6 +46,8 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
             state, or a loss that is no longer a number or has climbed for good (the last good state is kept).
         OSError: a missing folder, a full disk, ...
     """
+    if recipe.distill is not None:
+        raise ValueError(f"{out} is the run of a student; go on with: onebit distill --out {out} --resume")
     resumed = state.open_run(recipe, data, out, resume)
     source = recipe.data
     corpus = text.prepare(

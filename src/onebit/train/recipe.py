@@ -113,6 +113,72 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """What a student learns from its teacher; see `losses` for the formulas.
+
+    Args:
+        teacher: where the teacher was read from.
+        teacher_sha256: of its config, tokenizer and weights.
+        sub_norm: "calibrated" puts norms before the o and down projections, with gains that change the teacher the
+            least, "none" does not; those of the teacher stay.
+        text: weight of the cross-entropy of the text.
+        logits: weight of the divergence from the teacher's probabilities.
+        temperature: softens both sides of it.
+        tau_squared: multiply it by temperature^2.
+        cache_logits: so many of the teacher's likeliest tokens are kept on disk, for all positions, and the teacher is
+            not asked again; 0 asks it in every step, for all tokens.
+        corpus: folder for tokens and cached logits, which several runs may share; "" takes the run's own.
+        relations: weight of the relation loss of one layer.
+        relation_layer: which; negative numbers count from the last.
+        relation_heads: into how many parts queries, keys and values are cut.
+        relation_heads_twice: divide by their number once more.
+        relation_rope: queries and keys have their rotary positions.
+
+    Source: BitDistill, arXiv:2510.13998. Of the three things in which its authors' code differs from its equations two
+        are choices here: `tau_squared` and `relation_heads_twice` are on in the code. The third, a norm before every
+        linear layer instead of two, is not: a model here has no such norms. (Their figures: temperature 5, logits 10
+        and relations 1e5 for classification, 1 and 1e3 for summaries, queries and keys after rotation.)
+    """
+
+    teacher: str
+    teacher_sha256: str
+    sub_norm: Literal["calibrated", "none"] = "calibrated"
+    text: float = 0.0
+    logits: float = 1.0
+    temperature: float = 1.0
+    tau_squared: bool = False
+    cache_logits: int = 0
+    corpus: str = ""
+    relations: float = 0.0
+    relation_layer: int = -1
+    relation_heads: int = 1
+    relation_heads_twice: bool = False
+    relation_rope: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("text", "logits", "relations", "temperature"):
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not fits or not 0 <= value < math.inf or (name == "temperature" and not value):
+                least = "above 0" if name == "temperature" else "from 0"
+                raise ValueError(f"recipe: distill.{name} is {value!r}; expected a number {least}")
+        for name, least_count in (("cache_logits", 0), ("relation_heads", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least_count <= value < 2**24:
+                raise ValueError(
+                    f"recipe: distill.{name} is {value!r}; expected a whole number from {least_count}"
+                )
+        for name, kind in get_type_hints(Distill).items():
+            allowed = _literals(kind)
+            if allowed and getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"recipe: distill.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
+                )
+        if not self.text + self.logits + self.relations:
+            raise ValueError("recipe: distill.text, logits and relations are all 0; nothing would be learned")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run, whole: two runs of the same recipe on the same data and machine are the same run.
 
@@ -122,6 +188,7 @@ class Recipe:
         data: what is read.
         optim: schedule of the optimiser.
         options: what goes beyond the plain estimator.
+        distill: the teacher and what is learned from it, or None.
         steps: optimiser steps.
         batch_size: sequences in a step.
         accumulate: parts into which a batch is split to save memory; divides batch_size.
@@ -140,6 +207,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     optim: Schedule = field(default_factory=Schedule)
     options: Options = field(default_factory=Options)
+    distill: Distill | None = None
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -187,8 +255,11 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-ready values."""
-        return json.loads(json.dumps(asdict(self)))
+        """The recipe as JSON-ready values; distill only where there is a teacher."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.distill is None:
+            del values["distill"]
+        return values
 
 
 def override(recipe: Recipe, overrides: list[str]) -> Recipe:
@@ -225,6 +296,8 @@ def read(path: Path) -> Recipe:
         values["data"], values["optim"] = Data(**values["data"]), Schedule(**values["optim"])
         # Runs that are older than the options have none.
         values["options"] = Options(**values.get("options", {}))
+        if "distill" in values:
+            values["distill"] = Distill(**values["distill"])
         return Recipe(**values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a recipe that this version of onebit can read ({error})") from None
