@@ -171,7 +171,10 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
     def onebit_(*words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, "-m", "onebit", *map(str, words)], capture_output=True, text=True, env=environment
+            [sys.executable, "-m", "onebit", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
 
     out = tmp_path / "run"

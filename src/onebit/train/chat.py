@@ -150,7 +150,9 @@ def parse(line: str) -> Messages | tuple[str, str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}); expected an object per line") from None
     if not isinstance(value, dict):
-        raise ValueError(f'found {shorten(value)}; expected an object with "messages", or "prompt" and "completion"')
+        raise ValueError(
+            f'found {shorten(value)}; expected an object with "messages", or "prompt" and "completion"'
+        )
     if "messages" in value:
         return _messages(value["messages"])
     if not {"prompt", "completion"} <= value.keys():
@@ -264,7 +266,9 @@ def _messages(value: Any) -> Messages:
             raise ValueError(f"role {shorten(message['role'])}: expected {', '.join(ROLES)}")
         _text(f"content of the {message['role']}", message["content"])
     if value[-1]["role"] != "assistant":
-        raise ValueError(f"the last message is of the {value[-1]['role']}; expected an answer of the assistant")
+        raise ValueError(
+            f"the last message is of the {value[-1]['role']}; expected an answer of the assistant"
+        )
     if value[0]["role"] == "assistant":
         raise ValueError("the first message is of the assistant; expected a question before the answer")
     return value

@@ -138,7 +138,9 @@ def read(path: Path) -> TuneRecipe:
             values[name] = kind(**values[name])
         return TuneRecipe(**{f.name: values[f.name] for f in fields(TuneRecipe)})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not the recipe of a tuning run of this version of onebit ({error})") from None
+        raise ValueError(
+            f"{path}: not the recipe of a tuning run of this version of onebit ({error})"
+        ) from None
 
 
 def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
