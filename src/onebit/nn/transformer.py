@@ -86,7 +86,7 @@ class Block(nn.Module):
         c, rounding = self.config, self.rounding if self.training else _EXACT
         weights = tuple(getattr(self, name).master for name in names)
         if c.hadamard and names[0] in ("o", "down"):
-            x = hadamard(x)
+            x = hadamard(x) if self.training else ordered.hadamard(x)
         kind = input_quantizer(rounding.activations or c.activations, names[0])
         if rounding.notes is not None:
             rounding.note(x, kind)
