@@ -130,8 +130,8 @@ class LLM:
         adapters: low-rank changes by name, which a text can ask for; see `onebit.formats.adapter.read`.
 
     Raises:
-        ValueError: an unknown kv_cache or shortlist, an adapter of another model, a shortlist for a head of weight codes, or heads too wide for
-            "int8".
+        ValueError: an unknown kv_cache or shortlist, an adapter of another model, a shortlist for a head of weight
+            codes, or heads too wide for "int8".
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Journey, exact: three conversations, an adapter, the engine's text with it, and the same merged.
 
-Locked: the loss of answers falls; the engine's greedy text is that of nn, alone and beside others; a stopped run goes on
-to the same bytes; what merging loses is reported.
+Locked: the loss of answers falls; the engine's greedy text is that of nn, alone and beside others; a stopped run goes
+on to the same bytes; what merging loses is reported.
 """
 
 import json

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from onebit.nn import ordered
 from onebit.nn.bitlinear import (
     bit_linear,
     blended_linear,
@@ -116,18 +117,21 @@ def test_draws_are_neighbours_and_follow_their_probabilities(activations):
     torch.testing.assert_close(round_with_noise(x[:1], activations, 1e-9, torch.rand(1, 64))[0], codes[:1])
 
 
-def test_hadamard_is_the_orthogonal_matrix_and_its_own_inverse():
+@pytest.mark.parametrize("n", [1, 2, 8, 64])
+@pytest.mark.parametrize("function", [hadamard, ordered.hadamard])
+def test_hadamard_is_the_orthogonal_matrix_and_its_own_inverse(function, n):
     h = torch.ones(1, 1)
-    while len(h) < 64:
+    while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     torch.manual_seed(7)
-    x = torch.randn(3, 64, requires_grad=True)
-    y = hadamard(x)
-    torch.testing.assert_close(y, x @ h / 8)
-    torch.testing.assert_close(hadamard(y), x)
-    weight = torch.randn(3, 64)
+    x, weight = torch.randn(2, 3, n, requires_grad=True), torch.randn(2, 3, n)
+    y = function(x)
+    torch.testing.assert_close(y, x @ h / n**0.5)
+    torch.testing.assert_close(function(y), x)
     (grad,) = torch.autograd.grad((y * weight).sum(), x)
-    torch.testing.assert_close(grad, weight @ h / 8)
+    torch.testing.assert_close(grad, weight @ h / n**0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(x), y)
 
 
 def test_only_gradients_of_tokens_above_the_limit_are_shortened():

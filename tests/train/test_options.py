@@ -13,7 +13,7 @@ from onebit.formats import run as run_folder
 from onebit.llm import LLM
 from onebit.nn.bitlinear import Rounding
 from onebit.nn.transformer import Transformer
-from onebit.train import build, options, state, train
+from onebit.train import build, loop, options, state, train
 from onebit.train.optim import Schedule
 from onebit.train.optimizers import Signum, make
 from onebit.train.recipe import Recipe
@@ -53,6 +53,12 @@ def weights(out):
     return {name: np.array(tensor) for name, tensor in run_folder.read(out).tensors.items()}
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """The weights of runs without options, by their settings."""
+    return {}
+
+
 def interrupted(recipe: Recipe, texts, out, monkeypatch) -> None:
     """A run that stops after it has saved once, and goes on."""
     save = state.save
@@ -73,26 +79,27 @@ GROUPS = [[name] for name in ALL if name != "first_share"] + [list(ALL)]
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0] if len(names) == 1 else "all")
 def test_a_run_with_options_differs_from_one_without_and_resumes_to_the_bit(
-    names, texts, tmp_path, monkeypatch
+    names, texts, tmp_path, tmp_path_factory, plain, monkeypatch
 ):
-    frame = [*SMALL, "steps=8", "save_every=2", "health_every=3", "evaluate_every=4", "model.scale=row"]
+    # Most of the time of so small a run.
+    monkeypatch.setattr(loop, "draw", lambda out: None)
+    frame = [*SMALL, "steps=6", "save_every=2", "health_every=3", "evaluate_every=3", "model.scale=row"]
     if "first_activations" in names:
         frame += ["model.activations=a4.8", "options.first_activations=none"]
     if "optimizer" in names:
         frame += ["optim.lr=1e-3"]
     recipe = build("tiny", [*frame, *(f"options.{name}={ALL[name]}" for name in names)])
-    train(build("tiny", frame), texts, tmp_path / "plain")
+    if (key := tuple(frame)) not in plain:
+        out = tmp_path_factory.mktemp("plain") / "run"
+        train(build("tiny", frame), texts, out)
+        plain[key] = weights(out)
     train(recipe, texts, tmp_path / "whole")
-    assert any(
-        not np.array_equal(w, weights(tmp_path / "whole")[name])
-        for name, w in weights(tmp_path / "plain").items()
-    )
+    whole = weights(tmp_path / "whole")
+    assert any(not np.array_equal(w, whole[name]) for name, w in plain[key].items())
     interrupted(recipe, texts, tmp_path / "again", monkeypatch)
     assert records(tmp_path / "whole") == records(tmp_path / "again")
-    assert all(
-        np.array_equal(w, weights(tmp_path / "again")[name])
-        for name, w in weights(tmp_path / "whole").items()
-    )
+    again = weights(tmp_path / "again")
+    assert all(np.array_equal(w, again[name]) for name, w in whole.items())
 
 
 def test_the_signs_of_averaged_gradients_move_weights_by_the_learning_rate():

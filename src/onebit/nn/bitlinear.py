@@ -266,7 +266,10 @@ def blended_linear(
 def hadamard(x: Tensor) -> Tensor:
     """Multiply by the normalised Hadamard matrix: outliers of a token spread over all its values.
 
-        y = H x / sqrt(n),    H = [[H', H'], [H', -H']],  in log2(n) rounds of sums and differences, nearest pairs first
+        y = H x / sqrt(n),    H[i, j] = -1 to the number of ones that i and j share in binary
+
+    With n = a b it is a product with the matrices of a and of b: n (a + b) multiplications, in float32 also under
+    autocast. `ordered.hadamard` is the same in the engine's order.
 
     Args:
         x: float32 [..., n], n a power of two.
@@ -276,13 +279,21 @@ def hadamard(x: Tensor) -> Tensor:
 
     Source: arXiv:2504.18415 section 2.2.
     """
-    n, width = x.shape[-1], 1
-    y = x
-    while width < n:
-        a, b = y.unflatten(-1, (n // (2 * width), 2, width)).unbind(-2)
-        y = torch.stack((a + b, a - b), -2).flatten(-3)
-        width *= 2
-    return y * n**-0.5
+    n = x.shape[-1]
+    a = 1 << (n.bit_length() - 1) // 2
+    with torch.autocast(x.device.type, enabled=False):
+        y = _signs(a, x.device) @ x.float().unflatten(-1, (a, n // a)) @ _signs(n // a, x.device)
+    return y.flatten(-2) * n**-0.5
+
+
+def _signs(n: int, device: torch.device) -> Tensor:
+    """The Hadamard matrix of a power of two, without its norm; float32 [n, n]."""
+    i = torch.arange(n, device=device)
+    shared = i[:, None] & i
+    odd = torch.zeros_like(shared)
+    for bit in range(n.bit_length()):
+        odd = odd ^ (shared >> bit & 1)
+    return 1.0 - 2.0 * odd
 
 
 def limit_gradient(y: Tensor, multiple: float) -> Tensor:

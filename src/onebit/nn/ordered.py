@@ -48,6 +48,24 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + exp(-x))
 
 
+def hadamard(x: Tensor) -> Tensor:
+    """The normalised Hadamard transform in log2(n) rounds of sums and differences, of nearest pairs first.
+
+    Args:
+        x: float32 [..., n], n a power of two.
+
+    Returns:
+        float32 [..., n].
+    """
+    n, width = x.shape[-1], 1
+    y = x
+    while width < n:
+        a, b = y.unflatten(-1, (n // (2 * width), 2, width)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        width *= 2
+    return y * n**-0.5
+
+
 # The largest score, the sum of the weights, and the weighted sum of the values.
 State = tuple[Tensor, Tensor, Tensor]
 

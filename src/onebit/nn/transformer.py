@@ -96,7 +96,7 @@ class Block(nn.Module):
         """Multiply x [..., in] by the named matrices; they share its quantisation. Then biases, then adapters."""
         layers = [getattr(self, name) for name in names]
         if self.config.hadamard and names[0] in ("o", "down"):
-            x = hadamard(x)
+            x = hadamard(x) if self.training else ordered.hadamard(x)
         results = []
         for y, layer in zip(self._multiply(x, layers, names[0]), layers, strict=True):
             y = y + layer.bias if hasattr(layer, "bias") else y

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebit import formats
-from onebit.checkpoint import Checkpoint, Stored, quantize, rows
+from onebit.checkpoint import Checkpoint, Stored, holds_codes, quantize, rows
 from onebit.config import ModelConfig
 from onebit.engine.tokenizer import Tokenizer
 from onebit.formats import adapter as adapters
 from onebit.formats import run
 from onebit.formats.adapter import MAX_RANK, TARGETS
-from onebit.formats.compare import holds_codes
 from onebit.nn import lora
 from onebit.nn.transformer import Transformer
 from onebit.train import chat, state
@@ -63,7 +62,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
-    """A tuning run, whole; its `data.seq_len` is the longest conversation, `model` and `data.vocab_size` are the base's.
+    """A tuning run, whole; `data.seq_len` is its longest conversation, `model` and `data.vocab_size` are the base's.
 
     Args:
         base: the model, as `onebit.formats.read` takes it.
