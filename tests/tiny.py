@@ -138,7 +138,12 @@ def coded(master: Checkpoint, encoding: str | None = None) -> Checkpoint:
 
 
 def adapter(
-    config: ModelConfig = CONFIG, rank: int = 5, seed: int = 0, targets=TARGETS, short: bool = True, layers=None
+    config: ModelConfig = CONFIG,
+    rank: int = 5,
+    seed: int = 0,
+    targets=TARGETS,
+    short: bool = True,
+    layers=None,
 ) -> Adapter:
     """A random adapter; with `short`, of numbers that bfloat16 holds."""
     rng, pairs = np.random.default_rng(seed), {}
@@ -191,7 +196,9 @@ class FakeModel:
     def new_cache(self, n_blocks: int, kv_cache: str) -> SimpleNamespace:
         return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
 
-    def forward(self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out, adapters) -> np.ndarray:
+    def forward(
+        self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out, adapters
+    ) -> np.ndarray:
         self.n_tokens.append(len(tokens))
         out[:] = 0
         for i, table in enumerate(block_tables):

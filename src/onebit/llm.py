@@ -130,8 +130,8 @@ class LLM:
         adapters: low-rank changes by name, which a text can ask for; see `onebit.formats.adapter.read`.
 
     Raises:
-        ValueError: an unknown kv_cache or shortlist, an adapter of another model, a shortlist for a head of weight codes, or heads too wide for
-            "int8".
+        ValueError: an unknown kv_cache or shortlist, an adapter of another model, a shortlist for a head of weight
+            codes, or heads too wide for "int8".
     """
 
     def __init__(
@@ -305,7 +305,9 @@ class LLM:
     ) -> tuple[Engine, list[Generation]]:
         which = [self._adapter(name) for name in adapters]
         if len(which) != len(prompts):
-            raise ValueError(f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each")
+            raise ValueError(
+                f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each"
+            )
         encoded = [self._encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
         available = available_bytes()

@@ -52,11 +52,15 @@ def test_configs_that_say_something_else_are_refused(folder, changes, problem):
 
 
 def test_fields_that_are_empty_or_of_the_tools_do_no_harm(folder):
-    tiny.edit_json(folder / adapters.CONFIG, something_new=None, use_dora=False, rank_pattern={}, peft_version="9")
+    tiny.edit_json(
+        folder / adapters.CONFIG, something_new=None, use_dora=False, rank_pattern={}, peft_version="9"
+    )
     assert adapters.read(folder, CONFIG).rank == 3
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"r": NaN}', b'{"r": 3, "r": 3}', b"\xff", b"[" * 10**5])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{", b'{"r": NaN}', b'{"r": 3, "r": 3}', b"\xff", b"[" * 10**5]
+)
 def test_damaged_configs_are_refused(folder, text):
     (folder / adapters.CONFIG).write_bytes(text)
     with pytest.raises(ValueError, match=adapters.CONFIG):
@@ -93,10 +97,16 @@ HUGE = np.full(3 * 48, 0x7F7F, "<u2").tobytes()
         (edited(Q.format("A"), name=Q.format("C")), "expected base_model"),
         (edited(Q.format("A"), name=Q.format("A").replace("layers.0", "layers.2")), "no linear layer"),
         (edited(Q.format("A"), name=Q.format("A").replace("layers.0", "layers.-1")), "expected base_model"),
-        (edited(Q.format("A"), name=Q.format("A").replace("layers.0", "layers.99999999")), "expected base_model"),
+        (
+            edited(Q.format("A"), name=Q.format("A").replace("layers.0", "layers.99999999")),
+            "expected base_model",
+        ),
         (edited(Q.format("A"), name=Q.format("A").replace("q_proj", "q_norm")), "no linear layer"),
         (edited(Q.format("A"), name="base_model.model.lm_head.lora_A.weight"), "no linear layer"),
-        (lambda tensors: tensors.update({Q.format("A").replace(".0", ".00"): tensors[Q.format("A")]}), "twice"),
+        (
+            lambda tensors: tensors.update({Q.format("A").replace(".0", ".00"): tensors[Q.format("A")]}),
+            "twice",
+        ),
         (edited(Q.format("A"), shape=[48, 3]), "expected"),
         (edited(Q.format("A"), shape=[144]), "expected a matrix"),
         (edited(Q.format("A"), shape=[3, 48, 0], raw=b""), "expected a matrix"),

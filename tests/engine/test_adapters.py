@@ -65,7 +65,11 @@ def test_bits_do_not_depend_on_company_threads_or_cuts():
     packed = quantize(tiny.master(config, seed=5))
     rng = np.random.default_rng(6)
     texts = [rng.integers(0, 320, n).tolist() for n in (190, 3, 64, 70, 1)]
-    adapters = [tiny.adapter(config, 5), tiny.adapter(config, 2, 1, ("v",)), tiny.adapter(config, 17, 2, short=False, layers=[1])]
+    adapters = [
+        tiny.adapter(config, 5),
+        tiny.adapter(config, 2, 1, ("v",)),
+        tiny.adapter(config, 17, 2, short=False, layers=[1]),
+    ]
     which = [2, 0, -1, 1, 0]
     one = Model(packed, 1, adapters=adapters)
     alone = [forward(one, [text], [a])[0] for text, a in zip(texts, which, strict=True)]

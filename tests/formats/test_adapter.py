@@ -78,7 +78,9 @@ def test_peft_reads_ours_and_we_read_theirs(tmp_path):
     assert same(adapters.read(tmp_path / "theirs", config), adapter)
     merged = dict(model.merge_and_unload().named_parameters())
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
-    assert changed == {f"model.layers.1.{n}.weight" for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")}
+    assert changed == {
+        f"model.layers.1.{n}.weight" for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
     for name, here in (("self_attn.q_proj", "q"), ("mlp.down_proj", "down")):
         delta = (merged[f"model.layers.1.{name}.weight"] - before[f"model.layers.1.{name}.weight"]).detach()
         assert np.allclose(delta.numpy(), adapter.delta(f"layers.1.{here}.weight"), atol=1e-6)
@@ -91,7 +93,9 @@ def test_peft_made_adapters_open(tmp_path):
         vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=80, max_position_embeddings=192,
     )  # fmt: skip
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(transformers.LlamaForCausalLM(shape), settings)
     model.save_pretrained(tmp_path)
     found = adapters.read(tmp_path, tiny.config(sub_norm=False, activation="silu", d_head=12))

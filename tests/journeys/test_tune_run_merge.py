@@ -1,7 +1,7 @@
 """Journey, exact: three conversations, an adapter, the engine's text with it, and the same merged.
 
-Locked: the loss of answers falls; the engine's greedy text is that of nn, alone and beside others; a stopped run goes on
-to the same bytes; what merging loses is reported.
+Locked: the loss of answers falls; the engine's greedy text is that of nn, alone and beside others; a stopped run goes
+on to the same bytes; what merging loses is reported.
 """
 
 import json
@@ -171,7 +171,10 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
     def onebit_(*words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, "-m", "onebit", *map(str, words)], capture_output=True, text=True, env=environment
+            [sys.executable, "-m", "onebit", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
 
     out = tmp_path / "run"

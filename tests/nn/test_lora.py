@@ -99,7 +99,9 @@ def test_what_is_detached_is_what_was_used():
     with torch.no_grad():
         assert torch.equal(frozen.train()(TOKENS), again.train()(TOKENS))
     with pytest.raises(ValueError, match="another model"):
-        lora.load(again, replace(adapter, tensors={"layers.0.q.weight": adapter.tensors["layers.0.v.weight"]}))
+        lora.load(
+            again, replace(adapter, tensors={"layers.0.q.weight": adapter.tensors["layers.0.v.weight"]})
+        )
 
 
 def test_planes_are_the_matrix():
@@ -113,7 +115,9 @@ def test_planes_are_the_matrix():
 
 def test_low_rank_is_the_product():
     rng = np.random.default_rng(0)
-    a, b, x = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((3, 40), (50, 3), (2, 40)))
+    a, b, x = (
+        torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((3, 40), (50, 3), (2, 40))
+    )
     expected = (x.double() @ a.double().T @ b.double().T * 0.5).numpy()
     assert np.allclose(ordered.low_rank(x, a, b, 0.5).numpy(), expected, atol=1e-4)
     adapter = Adapter(3, 1.5, {"layers.0.q.weight": LowRank(a.numpy(), b.numpy())})

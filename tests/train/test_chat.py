@@ -99,7 +99,10 @@ BAD = {
     "no messages": (b'{"messages": []}', "expected a list"),
     "a number": (b'{"messages": 3}', "expected a list"),
     "a role": (b'{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot'"),
-    "more keys": (b'{"messages": [{"role": "user", "content": "x", "tool_calls": 1}]}', "exactly role and content"),
+    "more keys": (
+        b'{"messages": [{"role": "user", "content": "x", "tool_calls": 1}]}',
+        "exactly role and content",
+    ),
     "no answer": (b'{"messages": [{"role": "user", "content": "x"}]}', "last message is of the user"),
     "no question": (b'{"messages": [{"role": "assistant", "content": "x"}]}', "question before"),
     "empty": (b'{"messages": [{"role": "user", "content": ""}]}', "not empty"),

@@ -51,7 +51,9 @@ def convert(
     ] = None,
     scale: Annotated[
         str,
-        typer.Option(help="With --adapter, of weights that are codes: keep their scales, or absmean of the merged."),
+        typer.Option(
+            help="With --adapter, of weights that are codes: keep their scales, or absmean of the merged."
+        ),
     ] = "keep",
 ) -> None:
     """Convert a model from any format to any other, and prove what became of it.
@@ -102,7 +104,9 @@ def _merge(
     for layer in merged.layers:
         flipped = f"{layer.n_flipped:,} ({layer.n_flipped / layer.n_weights:.2%})"
         name = layer.name.removeprefix("layers.").removesuffix(".weight")
-        table.add_row(name, f"{layer.n_weights:,}", flipped, f"x {layer.scale_ratio:.4g}", f"{layer.error:.0%}")
+        table.add_row(
+            name, f"{layer.n_weights:,}", flipped, f"x {layer.scale_ratio:.4g}", f"{layer.error:.0%}"
+        )
     console = Console(file=sys.stderr)
     console.print(table)
     if merged.losses:

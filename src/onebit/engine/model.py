@@ -73,9 +73,7 @@ class Model:
         self.n_adapters = len(adapters)
         added = [(adapter.scale, _to_planes(adapter, self.config)) for adapter in adapters]
         try:
-            self._core = _core.Model(
-                self.config, tensors, frequencies, isa, threads, int4_shortlist, added
-            )
+            self._core = _core.Model(self.config, tensors, frequencies, isa, threads, int4_shortlist, added)
         except RuntimeError as error:
             # The one thing in there that the system can deny.
             raise OSError(f"the system refuses {threads} threads ({error}); ask for fewer") from None

@@ -156,7 +156,9 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
         fields = parse_json(text, "config")
         _check_kind(fields)
     if not (folder / MODEL).is_file():
-        pickle = ": a pickle can run code, so onebit opens none" if (folder / "adapter_model.bin").exists() else ""
+        pickle = (
+            ": a pickle can run code, so onebit opens none" if (folder / "adapter_model.bin").exists() else ""
+        )
         raise FileNotFoundError(f"{folder}: holds no {MODEL}{pickle}; save it with safetensors")
     with named(folder / MODEL):
         tensors = _read_tensors(folder / MODEL, config)
@@ -179,7 +181,7 @@ def write(adapter: Adapter, folder: str | os.PathLike[str], base: str | None = N
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
+    arrays: dict[str, Float32] = {}
     for name, pair in adapter.tensors.items():
         stem = _PREFIX + to_hf(name).removesuffix(".weight")
         arrays |= {f"{stem}.lora_{part}.weight": w for part, w in zip("AB", pair, strict=True)}
@@ -245,9 +247,7 @@ def _read_tensors(path: Path, config: ModelConfig) -> dict[str, LowRank]:
             raise ValueError(f"{name}: lora_{next(iter(pair))} is there alone; expected lora_A and lora_B")
     # In the order of the model, whatever that of the file.
     return {
-        name: LowRank(found[name]["A"], found[name]["B"])
-        for name in config.tensor_shapes()
-        if name in found
+        name: LowRank(found[name]["A"], found[name]["B"]) for name in config.tensor_shapes() if name in found
     }
 
 
@@ -271,5 +271,7 @@ def parse_targets(value: Any) -> tuple[str, ...]:
     """
     names = tuple(value)
     if not names or len(set(names)) != len(names) or not set(names) <= set(TARGETS):
-        raise ValueError(f"targets are {shorten(','.join(map(str, names)))}; expected some of {','.join(TARGETS)}")
+        raise ValueError(
+            f"targets are {shorten(','.join(map(str, names)))}; expected some of {','.join(TARGETS)}"
+        )
     return tuple(name for name in TARGETS if name in names)

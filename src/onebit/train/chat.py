@@ -6,9 +6,9 @@
     chats = read(Path("chat.jsonl"), tokenizer, config, seq_len=512)
     tokens, targets, n_answer_tokens = batch(chats.train, step=0, batch_size=8, seed=1)
 
-Only answers are learned: what the model itself will say, and the token that ends it. Where an answer begins is where the
-chat template with its generation prompt ends, so that training sees what `chat` will see. A batch is a pure function of
-the seed and the step.
+Only answers are learned: what the model itself will say, and the token that ends it. An answer begins where the chat
+template with its generation prompt ends, so that training sees what `chat` will see. A batch is a pure function of the
+seed and the step.
 """
 
 import hashlib
@@ -150,7 +150,9 @@ def parse(line: str) -> Messages | tuple[str, str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}); expected an object per line") from None
     if not isinstance(value, dict):
-        raise ValueError(f'found {shorten(value)}; expected an object with "messages", or "prompt" and "completion"')
+        raise ValueError(
+            f'found {shorten(value)}; expected an object with "messages", or "prompt" and "completion"'
+        )
     if "messages" in value:
         return _messages(value["messages"])
     if not {"prompt", "completion"} <= value.keys():
@@ -264,7 +266,9 @@ def _messages(value: Any) -> Messages:
             raise ValueError(f"role {shorten(message['role'])}: expected {', '.join(ROLES)}")
         _text(f"content of the {message['role']}", message["content"])
     if value[-1]["role"] != "assistant":
-        raise ValueError(f"the last message is of the {value[-1]['role']}; expected an answer of the assistant")
+        raise ValueError(
+            f"the last message is of the {value[-1]['role']}; expected an answer of the assistant"
+        )
     if value[0]["role"] == "assistant":
         raise ValueError("the first message is of the assistant; expected a question before the answer")
     return value

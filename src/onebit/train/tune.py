@@ -63,7 +63,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
-    """A tuning run, whole; its `data.seq_len` is the longest conversation, `model` and `data.vocab_size` are the base's.
+    """A tuning run, whole: `data.seq_len` is its longest conversation, `model` and `data.vocab_size` are the base's.
 
     Args:
         base: the model, as `onebit.formats.read` takes it.
@@ -138,7 +138,9 @@ def read(path: Path) -> TuneRecipe:
             values[name] = kind(**values[name])
         return TuneRecipe(**{f.name: values[f.name] for f in fields(TuneRecipe)})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not the recipe of a tuning run of this version of onebit ({error})") from None
+        raise ValueError(
+            f"{path}: not the recipe of a tuning run of this version of onebit ({error})"
+        ) from None
 
 
 def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
