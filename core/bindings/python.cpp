@@ -644,13 +644,13 @@ NB_MODULE(_core, m) {
                 make_model(config, std::move(tensors), inv_freq, isa, threads, int4_shortlist, std::move(adapters)));
           },
           "config"_a, "tensors"_a, "inv_freq"_a, "isa"_a, "threads"_a, "int4_shortlist"_a, "adapters"_a,
-          nb::sig("def __init__(self, config: object, tensors: dict[str, PackedMatrix | "
-                  "numpy.typing.NDArray[numpy.float32] | numpy.typing.NDArray[numpy.uint16]], "
-                  "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int, "
-                  "int4_shortlist: bool, adapters: list[tuple[float, dict[str, tuple[numpy.typing.NDArray[numpy.uint16], "
-                  "numpy.typing.NDArray[numpy.uint16]]]]]) -> None"),
-          "config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]; "
-          "adapters: (scale, planes of A and B by tensor) each.")
+          nb::sig(
+              "def __init__(self, config: object, tensors: dict[str, PackedMatrix | "
+              "numpy.typing.NDArray[numpy.float32] | numpy.typing.NDArray[numpy.uint16]], "
+              "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int, "
+              "int4_shortlist: bool, adapters: list[tuple[float, dict[str, tuple[numpy.typing.NDArray[numpy.uint16], "
+              "numpy.typing.NDArray[numpy.uint16]]]]]) -> None"),
+          "config: a ModelConfig; tensors by name, bfloat16 as uint16; adapters: (scale, planes of A and B by tensor).")
       .def(
           "new_cache",
           [](const OwnedModel& self, std::int64_t n_blocks, const std::string& kv_cache) {

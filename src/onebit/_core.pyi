@@ -81,7 +81,7 @@ class Model:
             ]
         ],
     ) -> None:
-        """config: an onebit.config.ModelConfig; tensors by name, bfloat16 as uint16; inv_freq: float32 [d_head / 2]; adapters: (scale, planes of A and B by tensor) each."""
+        """config: a ModelConfig; tensors by name, bfloat16 as uint16; adapters: scale, and A and B by tensor."""
 
     def new_cache(self, n_blocks: int, kv_cache: str) -> KvCache:
         """A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8."""

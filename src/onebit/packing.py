@@ -217,7 +217,8 @@ def bf16_planes(w: Float32) -> UInt16:
         bits of bfloat16, uint16 [planes, n, k_padded]: one plane for numbers of bfloat16, at most three.
     """
     n, k = w.shape
-    planes, rest = [], np.ascontiguousarray(w, np.float32)
+    planes: list[UInt16] = []
+    rest: Float32 = np.ascontiguousarray(w, np.float32)
     while not planes or (len(planes) < 3 and rest.any()):
         plane = np.zeros((n, pad_inputs(k)), np.uint16)
         plane[:, :k] = to_bf16(rest)

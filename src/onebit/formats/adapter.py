@@ -181,7 +181,7 @@ def write(adapter: Adapter, folder: str | os.PathLike[str], base: str | None = N
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
+    arrays: dict[str, Float32] = {}
     for name, pair in adapter.tensors.items():
         stem = _PREFIX + to_hf(name).removesuffix(".weight")
         arrays |= {f"{stem}.lora_{part}.weight": w for part, w in zip("AB", pair, strict=True)}

@@ -80,8 +80,11 @@ def load(model: Transformer, adapter: Adapter) -> None:
         for target in model.config.linear_shapes():
             pair = adapter.tensors.get(f"layers.{i}.{target}.weight")
             device = model.cos.device
-            arrays = () if pair is None else (torch.tensor(w, device=device) for w in pair)
-            getattr(block, target).lora = None if pair is None else LoRA(*arrays, adapter.scale)
+            added = None
+            if pair is not None:
+                a, b = (torch.tensor(w, device=device) for w in pair)
+                added = LoRA(a, b, adapter.scale)
+            getattr(block, target).lora = added
 
 
 def detach(model: Transformer, rank: int, alpha: float) -> Adapter:

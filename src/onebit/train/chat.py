@@ -6,9 +6,9 @@
     chats = read(Path("chat.jsonl"), tokenizer, config, seq_len=512)
     tokens, targets, n_answer_tokens = batch(chats.train, step=0, batch_size=8, seed=1)
 
-Only answers are learned: what the model itself will say, and the token that ends it. Where an answer begins is where
-the chat template with its generation prompt ends, so that training sees what `chat` will see. A batch is a pure
-function of the seed and the step.
+Only answers are learned: what the model itself will say, and the token that ends it. An answer begins where the chat
+template with its generation prompt ends, so that training sees what `chat` will see. A batch is a pure function of the
+seed and the step.
 """
 
 import hashlib

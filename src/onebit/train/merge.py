@@ -129,7 +129,8 @@ def merge(
         loss, n_tokens = answer_loss(Model(quantize(which), adapters=adapted), examples)
         losses.append(loss)
         progress("measuring", len(losses) / 3)
-    return Merged(layers, Losses(*losses, n_tokens))
+    before, unmerged, merged = losses
+    return Merged(layers, Losses(before, unmerged, merged, n_tokens))
 
 
 def answer_loss(model: Model, examples: Sequence[chat.Example]) -> tuple[float, int]:

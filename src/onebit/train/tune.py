@@ -62,7 +62,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
-    """A tuning run, whole; `data.seq_len` is its longest conversation, `model` and `data.vocab_size` are the base's.
+    """A tuning run, whole: `data.seq_len` is its longest conversation, `model` and `data.vocab_size` are the base's.
 
     Args:
         base: the model, as `onebit.formats.read` takes it.
