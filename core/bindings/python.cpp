@@ -650,7 +650,7 @@ NB_MODULE(_core, m) {
               "inv_freq: numpy.typing.NDArray[numpy.float32], isa: str, threads: int, "
               "int4_shortlist: bool, adapters: list[tuple[float, dict[str, tuple[numpy.typing.NDArray[numpy.uint16], "
               "numpy.typing.NDArray[numpy.uint16]]]]]) -> None"),
-          "config: a ModelConfig; tensors by name, bfloat16 as uint16; adapters: (scale, planes of A and B by tensor).")
+          "config: a ModelConfig; tensors by name, bfloat16 as uint16; adapters: (scale, planes of A and B by name).")
       .def(
           "new_cache",
           [](const OwnedModel& self, std::int64_t n_blocks, const std::string& kv_cache) {

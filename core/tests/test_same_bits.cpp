@@ -99,10 +99,12 @@ class RandomModel {
       weights_.head.bounds = gains(2 * kVocab);
     }
     for (int i = 0; i < kHead / 2; ++i) weights_.inv_freq.push_back(1.0f / static_cast<float>(1 + i * i));
+    // Drawn last, so that models without adapters stay as they were.
+    adapters_ = {adapter(5, 1, 2, true), adapter(17, 3, 1, false)};
   }
 
   // Three sequences at once, then more of two of them; all logits of both steps.
-  std::vector<float> logits(const Kernels& kernels, int n_threads) const {
+  std::vector<float> logits(const Kernels& kernels, int n_threads, bool is_adapted) const {
     const ModelConfig config = {.vocab_size = kVocab,
                                 .d_model = case_.d_model(),
                                 .n_layers = kLayers,
@@ -121,11 +123,11 @@ class RandomModel {
                                 .sub_norm = case_.sub_norm,
                                 .qk_norm = case_.norms_and_biases,
                                 .qkv_bias = case_.norms_and_biases};
-    Model model(config, weights_, kernels, n_threads);
+    Model model(config, weights_, kernels, n_threads, is_adapted ? adapters_ : std::vector<Adapter>{});
     KvCache cache(case_.cache, kLayers, kKvHeads, kHead, kBlocks);
     std::vector<float> all;
-    step(model, cache, {{0, 70}, {0, 1}, {0, 9}}, all);
-    step(model, cache, {{70, 3}, {1, 1}, {9, 0}}, all);
+    step(model, cache, {{0, 70}, {0, 1}, {0, 9}}, is_adapted, all);
+    step(model, cache, {{70, 3}, {1, 1}, {9, 0}}, is_adapted, all);
     return all;
   }
 
@@ -134,7 +136,10 @@ class RandomModel {
     int position, length;
   };
 
-  static void step(Model& model, KvCache& cache, const std::vector<Piece>& pieces, std::vector<float>& all) {
+  static void step(Model& model, KvCache& cache, const std::vector<Piece>& pieces, bool is_adapted,
+                   std::vector<float>& all) {
+    // The second sequence has none.
+    constexpr std::int32_t kAdapters[] = {1, -1, 0};
     // Blocks out of order.
     constexpr std::int32_t kTables[] = {3, 1, 0, 0, 4, 2};
     std::vector<std::int32_t> tokens, positions, rows, starts = {0};
@@ -156,10 +161,36 @@ class RandomModel {
                          .n_tokens = n,
                          .n_seqs = static_cast<int>(pieces.size()),
                          .table_width = 2,
-                         .n_rows = n};
+                         .n_rows = n,
+                         .adapters = is_adapted ? kAdapters : nullptr};
     const std::size_t before = all.size();
     all.resize(before + static_cast<std::size_t>(n) * kVocab);
     model.forward(batch, cache, all.data() + before);
+  }
+
+  // A and B of so many planes, for all layers or some.
+  Adapter adapter(int rank, int a_planes, int b_planes, bool is_whole) {
+    const int q_width = kHeads * kHead;
+    const int kv_width = kKvHeads * kHead;
+    const auto planes = [&](int n_planes, int n, int k) {
+      std::vector<std::uint16_t>& data = halves_.emplace_back(random_.halves(n_planes * n * pad_inputs(k)));
+      return Planes{data.data(), n_planes, n, k};
+    };
+    const auto low = [&](int n, int k) {
+      return LowRank{planes(a_planes, rank, k), planes(b_planes, n, rank), 1.0f / 4096};
+    };
+    Adapter layers(kLayers);
+    for (AdapterLayer& layer : layers) {
+      layer.q = low(q_width, case_.d_model());
+      layer.down = low(case_.d_model(), case_.d_ff());
+      if (!is_whole) continue;
+      layer.k = low(kv_width, case_.d_model());
+      layer.v = low(kv_width, case_.d_model());
+      layer.o = low(case_.d_model(), q_width);
+      layer.gate = low(case_.d_ff(), case_.d_model());
+      layer.up = low(case_.d_ff(), case_.d_model());
+    }
+    return layers;
   }
 
   PackedMatrix linear(int n, int k) {
@@ -195,6 +226,7 @@ class RandomModel {
   std::vector<std::vector<float>> floats_;
   std::vector<std::vector<std::uint16_t>> halves_;
   ModelWeights weights_;
+  std::vector<Adapter> adapters_;
 };
 
 // FNV-1a of the bits, value by value.
@@ -212,7 +244,7 @@ void test_same_bits() {
   for (const Case& what : kCases) {
     const RandomModel model(what);
     for (int i = 0; i < n; ++i) {
-      const std::vector<float> logits = model.logits(*tables[i], 1 + i % 2);
+      const std::vector<float> logits = model.logits(*tables[i], 1 + i % 2, false);
       bool is_finite = true;
       for (const float value : logits) is_finite = is_finite && std::isfinite(value);
       CHECK(is_finite);
@@ -223,5 +255,9 @@ void test_same_bits() {
                      static_cast<unsigned long long>(hash));
       }
     }
+    // With adapters all tables give what the last, the scalar one, gives.
+    const std::uint64_t adapted = hash_of(model.logits(*tables[n - 1], 1, true));
+    CHECK(adapted != what.hash);
+    for (int i = 0; i < n; ++i) CHECK(hash_of(model.logits(*tables[i], 1 + i % 3, true)) == adapted);
   }
 }

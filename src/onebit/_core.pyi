@@ -81,7 +81,7 @@ class Model:
             ]
         ],
     ) -> None:
-        """config: a ModelConfig; tensors by name, bfloat16 as uint16; adapters: scale, and A and B by tensor."""
+        """config: a ModelConfig; tensors by name, bfloat16 as uint16; adapters: (scale, planes of A and B by name)."""
 
     def new_cache(self, n_blocks: int, kv_cache: str) -> KvCache:
         """A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8."""

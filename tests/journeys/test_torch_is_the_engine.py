@@ -11,6 +11,7 @@ from onebit.checkpoint import quantize
 from onebit.config import RopeScaling
 from onebit.engine.model import available_isas
 from onebit.llm import LLM
+from onebit.nn import lora
 from onebit.nn.transformer import Transformer
 
 CONFIGS = {
@@ -62,6 +63,28 @@ def test_logits_of_a_bf16_head_are_the_same_bits(tied_head, monkeypatch):
     for isa in available_isas():
         monkeypatch.setenv("ONEBIT_ISA", isa)
         assert np.array_equal(LLM(quantize(master, head="bf16")).logits(tokens), expected)
+
+
+DENSE = {"weights": "dense", "activations": "none", "d_model": 40, "qkv_bias": True}
+
+
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("name", [*CONFIGS, "dense"])
+def test_logits_with_an_adapter_are_the_same_bits(name, short, monkeypatch):
+    config = tiny.config(**(CONFIGS | {"dense": DENSE})[name])
+    packed, adapter = quantize(tiny.master(config, seed=5)), tiny.adapter(config, short=short)
+    tokens = np.random.default_rng(6).integers(0, 320, 70).tolist()
+    model = Transformer.from_packed(packed).eval()
+    with torch.no_grad():
+        without = model(torch.tensor([tokens]))[0].numpy()
+        lora.load(model, adapter)
+        expected = model.eval()(torch.tensor([tokens]))[0].numpy()
+    for isa in available_isas():
+        monkeypatch.setenv("ONEBIT_ISA", isa)
+        llm = LLM(packed, adapters={"some": adapter})
+        assert np.array_equal(llm.logits(tokens, "some"), expected)
+        assert np.array_equal(llm.logits(tokens), without)
+    assert np.isfinite(expected).all() and not np.array_equal(expected, without)
 
 
 def test_a_library_that_flushes_denormals_changes_no_bit():

@@ -135,7 +135,7 @@ def read(path: Path) -> TuneRecipe:
         values["lora"]["targets"] = tuple(values["lora"]["targets"])
         for name, kind in (("data", Data), ("optim", Schedule), ("options", Options), ("lora", Lora)):
             values[name] = kind(**values[name])
-        return TuneRecipe(**{f.name: values[f.name] for f in fields(TuneRecipe)})
+        return TuneRecipe(**{f.name: values[f.name] for f in fields(TuneRecipe) if f.name in values})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not the recipe of a tuning run of this version of onebit ({error})"
