@@ -14,7 +14,7 @@ import tiny
 from onebit import formats, llm
 from onebit.formats import run as run_folder
 from onebit.nn.transformer import Transformer
-from onebit.train import build, data, distill, losses, recipe, student, teacher, train
+from onebit.train import build, data, distill, health, losses, recipe, student, teacher, train
 from onebit.train.state import METRICS
 
 SMALL = ["data.seq_len=32", "data.held_out=0.1", "batch_size=4", "threads=1", "precision=f32", "save_every=5"]
@@ -100,6 +100,14 @@ def test_rounding_that_sets_in_slowly_begins_at_the_teacher(dense, texts, tmp_pa
     (slow,) = student_of(dense, texts, tmp_path / "slow", *settings, "options.lambda_steps=1000")
     (fast,) = student_of(dense, texts, tmp_path / "fast", *settings)
     assert slow["loss"] < 0.05 * fast["loss"]
+
+
+def test_a_loss_that_climbs_while_rounding_sets_in_is_no_divergence(dense, texts, tmp_path, monkeypatch):
+    for name, value in (("WINDOW", 4), ("RISE_NATS", 0.0), ("RISE_SHARE", 0.0)):
+        monkeypatch.setattr(health, name, value)
+    settings = ["steps=20", "optim.lr=0", "optim.lr_second=0", "options.lambda_steps=20"]
+    records = student_of(dense, texts, tmp_path / "run", *settings)
+    assert records[-1]["loss"] > 3 * records[0]["loss"]
 
 
 def test_calibrated_norms_are_the_nearest_to_the_identity(dense, texts, tmp_path):

@@ -97,7 +97,7 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
     recipe = override(
         Recipe(
             name="distill",
-            model=student_config(teacher.config, calibrated=True),
+            model=student_config(teacher.config, calibrated=False),
             data=Data(seq_len=min(512, teacher.config.max_seq_len)),
             optim=Schedule(lr=2e-3, lr_second=1e-3, warmup_steps=50),
             distill=Distill(teacher=source, teacher_sha256=fingerprint(teacher)),

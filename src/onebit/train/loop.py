@@ -86,7 +86,8 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     first = state.restore(out / STATE, model, optimizer, extras, recipe) if resumed else 0
     watch = health.Watch()
     for past in state.keep_metrics(out / METRICS, first):
-        watch.add(past["loss"])
+        if past["step"] >= recipe.options.lambda_steps:
+            watch.add(past["loss"])
     losses = torch.compile(task.losses) if recipe.compile else task.losses
 
     console = Console(stderr=True)
@@ -116,7 +117,9 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
                 loss += part_loss.item()
             options.regularise(model, recipe.options.l1, recipe.options.l2)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf).item()
-            if not math.isfinite(loss + norm) or watch.add(loss):
+            # While rounding sets in the loss may climb: a student begins as its teacher.
+            is_watched = step >= recipe.options.lambda_steps
+            if not math.isfinite(loss + norm) or (is_watched and watch.add(loss)):
                 raise ValueError(_diverged(step, loss, norm, watch, saved, out))
             optimizer.step()
             optimizer.zero_grad()

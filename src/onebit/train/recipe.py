@@ -119,8 +119,8 @@ class Distill:
     Args:
         teacher: where the teacher was read from.
         teacher_sha256: of its config, tokenizer and weights.
-        sub_norm: "calibrated" puts norms before the o and down projections, with gains that change the teacher the
-            least, "none" does not; those of the teacher stay.
+        sub_norm: "none", or "calibrated", which puts norms before the o and down projections, with gains that change
+            the teacher the least; that is not nothing. Those of the teacher stay.
         text: weight of the cross-entropy of the text.
         logits: weight of the divergence from the teacher's probabilities.
         temperature: softens both sides of it.
@@ -142,7 +142,7 @@ class Distill:
 
     teacher: str
     teacher_sha256: str
-    sub_norm: Literal["calibrated", "none"] = "calibrated"
+    sub_norm: Literal["none", "calibrated"] = "none"
     text: float = 0.0
     logits: float = 1.0
     temperature: float = 1.0

@@ -3,7 +3,7 @@
     config = student_config(teacher.config, "b1.58", "a8", "tensor", calibrated=True)
     student = make_student(teacher, config, tokens_BT)
 
-Sub-norms are what ternary models are stable with, and no teacher has them. y = W x becomes
+Ternary models that are trained from nothing have sub-norms, and hardly a teacher has them. Put in, y = W x becomes
 
     y = W (x / rms(x) * gain)         rms(x) = sqrt(mean(x^2) + eps), over the inputs of a token
 
@@ -12,7 +12,8 @@ nearest one, in the sense of least squares over the tokens t of some text, is th
 
     gain = sum_t rms(x[t]) / tokens
 
-(A gain for each channel, fitted alike, came no nearer in loss; docs/log.md.)
+A gain for each channel, fitted alike, came no nearer in loss. Where tokens differ much in size, as they do in larger
+models, even this gain changes the function a lot, so sub-norms are off unless asked for; docs/log.md has the figures.
 """
 
 from dataclasses import replace
