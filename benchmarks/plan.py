@@ -11,10 +11,11 @@ import twins
 from fleet import Engine
 
 from onebit import formats
-from onebit.checkpoint import Checkpoint, token_bytes
+from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
 from onebit.engine.memory import position_bytes
 from onebit.formats import native
+from onebit.parts import token_bytes
 
 OURS, FRESH, MACHINE = "onebit", "onebit, fresh process", "limits of the machine"
 LLAMA, PACKED, DENSE = "llama.cpp", "transformers, packed", "torch, bf16 Llama"

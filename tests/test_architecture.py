@@ -23,6 +23,7 @@ LAYERS = [
     {"quant"},
     {"config", "packing"},
     {"checkpoint"},
+    {"parts"},
     {"formats", "_core"},
     {"nn", "engine"},
     {"train", "llm", "conversion"},

@@ -7,8 +7,9 @@ import pytest
 
 import tiny
 from onebit import quant
-from onebit.checkpoint import Checkpoint, code_histogram, dequantize, parts, quantize, token_bytes
+from onebit.checkpoint import Checkpoint, dequantize, quantize
 from onebit.packing import PackedTensor, unpack
+from onebit.parts import code_histogram, parts, token_bytes
 
 VARIANTS = [
     {},

@@ -6,7 +6,6 @@ Every format reads and writes this. Knows no files.
     packed.label                        # "W1.58A8KV16"
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from onebit.packing import (
     PackedTensor,
     UInt16,
     bf16_rows,
-    count_codes,
     from_bf16,
     pack,
     pack_bf16,
@@ -155,25 +153,6 @@ def tensor_shapes(config: ModelConfig, head: str | None) -> dict[str, tuple[int,
         shapes[SHORTLIST] = (config.vocab_size, config.d_model)
         shapes[SHORTLIST_BOUNDS] = (2, config.vocab_size)
     return shapes
-
-
-class Part(NamedTuple):
-    """A part of a model and its size.
-
-    Args:
-        name: "embedding", "linear", "norms", "head", "shortlist" or "tokenizer".
-        n_weights: weights in it; 0 for the tokenizer, and for a shortlist, which repeats the head's.
-        n_bytes: bytes that hold them, scales and padding included.
-    """
-
-    name: str
-    n_weights: int
-    n_bytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits that one weight costs, scales and padding included; 0 for a part without weights."""
-        return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
 
 
 class Plan(NamedTuple):
@@ -345,54 +324,6 @@ def to_dense(tensor: Tensor) -> Float32:
     return rows("", tensor)
 
 
-def code_histogram(checkpoint: Checkpoint) -> dict[int, float]:
-    """Share of each code in the linear layers of a packed model, as {-1: 0.31, 0: 0.38, 1: 0.31}.
-
-    Raises:
-        ValueError: a float32 master, which has no codes yet, or a dense model.
-    """
-    if not checkpoint.is_packed:
-        raise ValueError("a float32 master has no codes; quantize it first")
-    if checkpoint.config.weights == "dense":
-        raise ValueError("a dense model has no codes")
-    counts = dict.fromkeys((-1, 1) if checkpoint.config.weights == "b1" else (-1, 0, 1), 0)
-    for name, tensor in checkpoint.tensors.items():
-        if isinstance(tensor, PackedTensor) and checkpoint.config.is_linear(name):
-            for code, number in count_codes(tensor.data, tensor.encoding, tensor.shape).items():
-                counts[code] += number
-    return {code: number / sum(counts.values()) for code, number in counts.items()}
-
-
-def parts(checkpoint: Checkpoint) -> list[Part]:
-    """Weights and bytes of each part of a model, those it lacks left out."""
-    totals: dict[str, tuple[int, int]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        part = part_name(name, checkpoint.config)
-        n_weights, n_bytes = totals.get(part, (0, 0))
-        if isinstance(tensor, PackedTensor):
-            n, k = tensor.shape if part != "shortlist" else (0, 0)
-            totals[part] = n_weights + n * k, n_bytes + tensor.data.nbytes + tensor.scale.nbytes
-        elif isinstance(tensor, Stored):
-            totals[part] = n_weights + math.prod(tensor.shape), n_bytes + tensor.n_bytes
-        else:
-            size = 0 if part == "shortlist" else tensor.size
-            totals[part] = n_weights + size, n_bytes + tensor.nbytes
-    if checkpoint.tokenizer is not None:
-        totals["tokenizer"] = 0, len(checkpoint.tokenizer)
-    order = ("embedding", "linear", "norms", "head", "shortlist", "tokenizer")
-    return [Part(name, *totals[name]) for name in order if name in totals]
-
-
-def token_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of weights that the engine reads for a token; of an embedding, or a head with a shortlist, some rows."""
-    config = checkpoint.config
-    sizes = {part.name: part.n_bytes for part in parts(checkpoint) if part.name != "tokenizer"}
-    rows = {"embedding"} if checkpoint.head == "bf16" or not config.tied_head else set()
-    if checkpoint.head == "bf16" and not config.tied_head:
-        rows.add("head")
-    return sum(size // config.vocab_size if name in rows else size for name, size in sizes.items())
-
-
 def granularity(name: str, config: ModelConfig, encoding: str) -> quant.Granularity:
     """Weights of a packed matrix that share a scale; rows of int8 have one each, and bf16 the number 1."""
     if encoding == "bf16":
@@ -500,15 +431,6 @@ def _bf16(name: str, tensor: Float32) -> UInt16:
     if (rows & 0x7F80 == 0x7F80).any():
         raise ValueError(f"tensor {name} holds a number that is too large for bfloat16")
     return rows
-
-
-def part_name(name: str, config: ModelConfig) -> str:
-    """The `Part` that a tensor belongs to."""
-    if config.is_linear(name):
-        return "linear"
-    if name in (SHORTLIST, SHORTLIST_BOUNDS):
-        return "shortlist"
-    return {"embed.weight": "embedding", "head.weight": "head"}.get(name, "norms")
 
 
 def check_tensor(

@@ -8,8 +8,8 @@ from shapes import SHAPES, ZEROS, synthetic
 
 import onebit
 import tiny
-from onebit.checkpoint import code_histogram
 from onebit.formats import native
+from onebit.parts import code_histogram
 
 
 @pytest.mark.parametrize("encoding", ["t80", "r64", "b128"])

@@ -9,9 +9,10 @@ import pytest
 
 import tiny
 from onebit import formats
-from onebit.checkpoint import parts, quantize, token_bytes
+from onebit.checkpoint import quantize
 from onebit.cli import main
 from onebit.engine.model import available_isas
+from onebit.parts import parts, token_bytes
 
 
 @pytest.fixture(scope="module")

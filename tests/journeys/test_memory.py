@@ -7,9 +7,9 @@ import sys
 import pytest
 
 import tiny
-from onebit.checkpoint import token_bytes
 from onebit.engine.memory import PROCESS_BYTES
 from onebit.formats import native
+from onebit.parts import token_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

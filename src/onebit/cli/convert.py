@@ -123,8 +123,8 @@ def _merge(
 
 def changes_table(report: "Report") -> "Table":
     """What each part was, what it is, and how much of it changed."""
-    from onebit.checkpoint import parts
     from onebit.cli.info import new_table
+    from onebit.parts import parts
 
     sizes = {part.name: part for part in parts(report.made)}
     table = new_table("part", "weights", "was", "is", "bits", "differ", "by up to")

@@ -68,7 +68,7 @@ def info(
 
 def parts_table(checkpoint: "Checkpoint") -> "Table":
     """Bits per weight and bytes of each part of a model."""
-    from onebit.checkpoint import Part, parts
+    from onebit.parts import Part, parts
 
     found = parts(checkpoint)
     weights = [part for part in found if part.n_weights]
@@ -95,9 +95,9 @@ def _machine_table() -> "Table":
 
 
 def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
-    from onebit.checkpoint import code_histogram
     from onebit.formats.compare import kind_of
     from onebit.formats.families import family
+    from onebit.parts import code_histogram
 
     config = checkpoint.config
     table = new_table("model", _plain(str(path)))
@@ -158,8 +158,8 @@ def _ways_out(checkpoint: "Checkpoint") -> "Table":
 
 
 def _memory_table(path: Path, checkpoint: "Checkpoint") -> "Table":
-    from onebit.checkpoint import parts, token_bytes
     from onebit.engine import memory
+    from onebit.parts import parts, token_bytes
 
     config = checkpoint.config
     # A run folder is shown as the engine packs it.

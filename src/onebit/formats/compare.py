@@ -20,11 +20,11 @@ from onebit.checkpoint import (
     Tensor,
     codes,
     holds_codes,
-    part_name,
     rows,
 )
 from onebit.config import ModelConfig
 from onebit.packing import Float32, Int8, PackedTensor
+from onebit.parts import part_name
 
 Progress = Callable[[int], None]
 
