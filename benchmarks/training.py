@@ -1,0 +1,357 @@
+"""What rounding costs in training, as a function of size, and what each option of a recipe is worth.
+
+    python benchmarks/training.py rates --data texts --runs runs/law        # tries learning rates for each kind
+    python benchmarks/training.py law --data texts --runs runs/law --rates 6e-3,3e-3,1.5e-3 --out law.json
+    python benchmarks/training.py options --data texts --runs runs/law --rates 6e-3,3e-3,1.5e-3 --out options.json
+
+Every run is a run folder of its own with a recipe.json; what is finished is not done again, and what was stopped goes
+on. All runs see the same tokens in the same order for a seed. Prints a table, and last a JSON line, which --out keeps;
+the picture goes to a PNG beside it.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onebit.train import recipes
+from onebit.train.recipe import Recipe
+
+KINDS = {"ternary": "b1.58", "binary": "b1", "full precision": "b1.58-dense"}
+SEQ_LEN, BATCH, VOCABULARY = 256, 8, 1024
+# Width, layers, seeds: the larger a model, the less seeds differ and the more they cost.
+SIZES = [(64, 2, 3), (96, 3, 3), (128, 4, 2), (192, 4, 1), (256, 5, 1)]
+BASE, SMALL = (128, 2), (96, 3)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+# Each alone against the default, at one size.
+OPTIONS = {
+    "stochastic rounding, temperature 0.1": ["options.noise=0.1"],
+    "stochastic rounding, temperature 0.5": ["options.noise=0.5"],
+    "sign-SGD (signum), rate / 10": ["options.optimizer=signum"],
+    "L1 1e-6": ["options.l1=1e-6"],
+    "L1 1e-6 + L2 1e-5": ["options.l1=1e-6", "options.l2=1e-5"],
+    "stabilised, mean 0.02": ["options.stabilise=0.02"],
+    "scale per row": ["model.scale=row"],
+    "scale per row, learned": ["model.scale=row", "options.learned_scale=true"],
+    "scale per group of 64": ["model.scale=64"],
+    "latent clipping at 3 means": ["options.latent_clip=3"],
+    "lambda warm-up, 20 % of the steps": ["options.lambda_steps={steps//5}"],
+    "gradient limit 2": ["options.gradient_limit=2"],
+    "EMA 0.99": ["options.ema=0.99"],
+    "no warm-up": ["optim.warmup_steps=0"],
+    "no decay": ["optim.weight_decay=0"],
+    "decay to the end": ["optim.weight_decay_second=0.1"],
+    "one stage": ["optim.switch=1"],
+    "no clipping of gradients": ["optim.grad_clip=0"],
+    "no sub-norms": ["model.sub_norm=false"],
+    "squared ReLU": ["model.activation=relu2"],
+    "a4.8, 8 bits first": ["model.activation=relu2", "model.activations=a4.8", "options.first_activations=a8"],
+    "4-bit inputs, 8 bits first": ["model.activations=a4", "options.first_activations=a8"],
+    "4-bit inputs, rotated, 8 bits first": [
+        "model.activations=a4", "model.hadamard=true", "options.first_activations=a8"
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: where it belongs in the result, and its recipe."""
+
+    kind: str
+    width: int
+    label: str
+    recipe: Recipe
+
+
+def make(
+    kind: str, size: tuple[int, int], rate: float, seed: int, steps: int, sets: Iterable[str] = ()
+) -> Recipe:
+    """The recipe of a kind at a width and depth that no dial has; feed-forward layers are twice as wide."""
+    width, n_layers = size
+    heads = width // 32
+    recipe = recipes.build(KINDS[kind])
+    shape = {"d_model": width, "n_layers": n_layers, "n_heads": heads, "n_kv_heads": heads, "d_head": 32}
+    overrides = [f"model.{name}={value}" for name, value in shape.items()]
+    # The second stage keeps its share of the first, and so does the rate of signum, whose steps are all of one size.
+    share = recipe.optim.lr_second / recipe.optim.lr
+    sets = [text.replace("{steps//5}", str(steps // 5)) for text in sets]
+    rate = rate / 10 if "options.optimizer=signum" in sets else rate
+    overrides += [
+        f"model.d_ff={2 * width}", f"model.max_seq_len={SEQ_LEN}", f"data.seq_len={SEQ_LEN}",
+        f"model.vocab_size={VOCABULARY}", f"data.vocab_size={VOCABULARY}", f"batch_size={BATCH}", f"steps={steps}",
+        f"optim.lr={rate}", f"optim.lr_second={rate * share}", f"optim.warmup_steps={steps // 10}",
+        "precision=f32", "compile=false", "threads=1", f"seed={seed}", f"evaluate_every={steps}", "save_every=100",
+        "health_every=0", *sets,
+    ]  # fmt: skip
+    return recipes.override(recipe, overrides)
+
+
+def n_weights(recipe: Recipe) -> int:
+    """Weights of the linear layers: what is rounded, and what grows with the size."""
+    shapes = recipe.model.linear_shapes().values()
+    return recipe.model.n_layers * sum(n * k for n, k in shapes)
+
+
+def run(job: Job, corpus: Path, out: Path) -> dict[str, Any]:
+    """Train, or go on, or read what is finished; returns held-out bits per byte, None where it diverged."""
+    from onebit.nn.transformer import Transformer
+    from onebit.train import data, loop, state
+    from onebit.train.task import next_token
+
+    recipe, diverged = job.recipe, out / "diverged.txt"
+    done = last_record(out)
+    if not diverged.exists() and done.get("step") != recipe.steps - 1:
+        resumed = (out / state.STATE).exists()
+        if not resumed:
+            shutil.rmtree(out, ignore_errors=True)
+            state.start(recipe, out)
+        text = data.prepare(None, corpus, (), VOCABULARY, 0.01, SEQ_LEN)
+        end = text.end_token
+        config = replace(recipe.model, vocab_size=VOCABULARY, bos_token=end, eos_tokens=(end,))
+        model = Transformer(config, recipe.seed, learned_scale=recipe.options.learned_scale)
+        try:
+            loop.fit(recipe, next_token(recipe, text), model, out, resumed)
+        except ValueError as error:
+            diverged.write_text(str(error))
+        done = last_record(out)
+    return {
+        "kind": job.kind, "width": job.width, "label": job.label, "seed": recipe.seed, "rate": recipe.optim.lr,
+        "weights": n_weights(recipe), "tokens": recipe.steps * BATCH * SEQ_LEN,
+        "bits_per_byte": None if diverged.exists() else done["held_out_bits_per_byte"],
+        "tok_per_s": done.get("tok_per_s"),
+    }  # fmt: skip
+
+
+def last_record(out: Path) -> dict[str, Any]:
+    """The last line of a run's metrics."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def run_all(
+    jobs: list[Job], data_folder: Path, include: str, runs: Path, processes: int
+) -> list[dict[str, Any]]:
+    """All jobs, some at a time; the corpus is made once for all."""
+    from onebit.train import data
+
+    corpus = runs / "corpus"
+    data.prepare(data_folder, corpus, (include,), VOCABULARY, 0.01, SEQ_LEN)
+    results = []
+    with ProcessPoolExecutor(processes) as pool:
+        waiting = {}
+        for job in jobs:
+            name = "-".join(
+                [job.kind, str(job.width), job.label, str(job.recipe.seed), f"{job.recipe.optim.lr:g}"]
+            )
+            folder = runs / "".join(
+                c if c.isalnum() or c in ".-" else "_" for c in f"{name}-{job.recipe.steps}"
+            )
+            waiting[pool.submit(run, job, corpus, folder)] = name
+        for i, (future, name) in enumerate(waiting.items(), 1):
+            result = future.result()
+            results.append(result)
+            print(f"{time.strftime('%H:%M')} {i}/{len(jobs)} {name}: {result['bits_per_byte']}", flush=True)
+    return results
+
+
+def fit_law(points: list[tuple[float, float]]) -> dict[str, float] | None:
+    """L(N) = a (N / 1M)^-b + c by least squares: for each b of a grid a and c are linear; None where sizes are few."""
+    n, loss = (np.array(values, float) for values in zip(*points, strict=True))
+    if len(set(n)) < 4:
+        return None
+    fits = []
+    for b in np.arange(0.02, 1.5, 0.01):
+        columns = np.stack([(n / 1e6) ** -b, np.ones_like(n)], axis=1)
+        (a, c), *_ = np.linalg.lstsq(columns, loss, rcond=None)
+        rms = float(np.sqrt(np.mean((columns @ (a, c) - loss) ** 2)))
+        if a >= 0 and c >= 0:
+            fits.append((rms, float(a), float(b), float(c)))
+    rms, a, b, c = min(fits)
+    return {"a_at_1M": a, "b": b, "c": c, "rms": rms}
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """A mean, and the standard deviation over seeds where there are several."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def law(results: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
+    """Table, fits and picture of losses over sizes."""
+    sizes = sorted({r["weights"] for r in results})
+    by = {
+        (k, n): [r["bits_per_byte"] for r in results if r["kind"] == k and r["weights"] == n]
+        for k in KINDS
+        for n in sizes
+    }
+    fits = {
+        k: fit_law([(r["weights"], r["bits_per_byte"]) for r in results if r["kind"] == k]) for k in KINDS
+    }
+    print("| weights in linear layers | " + " | ".join(KINDS) + " | ternary behind by | binary behind by |")
+    print("|---" * (3 + len(KINDS)) + "|")
+    gaps: dict[str, dict[int, list[float]]] = {"ternary": {}, "binary": {}}
+    for n in sizes:
+        twin = by["full precision", n]
+        for kind in gaps:
+            # Seeds in pairs: the same data order on both sides.
+            gaps[kind][n] = [100 * (a / b - 1) for a, b in zip(by[kind, n], twin, strict=True)]
+        cells = [mean_and_spread(by[k, n]) for k in KINDS] + [
+            f"{statistics.mean(gaps[k][n]):.1f} %" for k in gaps
+        ]
+        print(f"| {n:,} | " + " | ".join(cells) + " |")
+    for kind, found in fits.items():
+        if found:
+            formula = f"{found['a_at_1M']:.3f} (N / 1M)^-{found['b']:.3f} + {found['c']:.3f}"
+            print(f"{kind}: L = {formula}, rms {found['rms']:.4f}")
+    if path:
+        draw_law(by, fits, gaps, sizes, path)
+    return {"fits": fits, "gap_percent": {k: {str(n): v for n, v in g.items()} for k, g in gaps.items()}}
+
+
+def draw_law(by: Any, fits: Any, gaps: Any, sizes: list[int], path: Path) -> None:
+    """Losses and gaps over sizes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    smooth = np.geomspace(sizes[0], sizes[-1], 50)
+    for i, kind in enumerate(KINDS):
+        means = [statistics.mean(by[kind, n]) for n in sizes]
+        for n in sizes:
+            left.plot([n] * len(by[kind, n]), by[kind, n], ".", color=f"C{i}", alpha=0.5)
+        if found := fits[kind]:
+            label = f"{kind}: {found['a_at_1M']:.2f} (N/1M)^-{found['b']:.2f} + {found['c']:.2f}"
+            left.plot(
+                smooth,
+                found["a_at_1M"] * (smooth / 1e6) ** -found["b"] + found["c"],
+                color=f"C{i}",
+                label=label,
+            )
+        else:
+            left.plot(sizes, means, color=f"C{i}", label=kind)
+        if kind in gaps:
+            right.errorbar(
+                sizes, [statistics.mean(gaps[kind][n]) for n in sizes],
+                [statistics.stdev(gaps[kind][n]) if len(gaps[kind][n]) > 1 else 0 for n in sizes],
+                color=f"C{i}", marker="o", capsize=3, label=kind,
+            )  # fmt: skip
+    left.set(xscale="log", xlabel="weights in linear layers", ylabel="held-out bits per byte")
+    right.set(
+        xscale="log", xlabel="weights in linear layers", ylabel="behind full precision, %", ylim=(0, None)
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def options(results: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
+    """Table and picture of options against the default, seed by seed."""
+    default = {r["seed"]: r["bits_per_byte"] for r in results if r["label"] == "default"}
+    noise = statistics.stdev(default.values()) if len(default) > 1 else math.nan
+    rows = []
+    for label in dict.fromkeys(r["label"] for r in results if r["label"] != "default"):
+        some = [r for r in results if r["label"] == label]
+        changes = [100 * (r["bits_per_byte"] / default[r["seed"]] - 1) for r in some if r["bits_per_byte"]]
+        rows.append((label, changes, len(some) - len(changes)))
+    rows.sort(key=lambda row: statistics.mean(row[1]) if row[1] else math.inf)
+    percent = 100 * noise / statistics.mean(default.values())
+    print(
+        f"default: {mean_and_spread(list(default.values()))} bits per byte; noise of a seed {percent:.2f} %"
+    )
+    print("| option | change of bits per byte | seeds |\n|---|---|---|")
+    for label, changes, n_diverged in rows:
+        text = f"{statistics.mean(changes):+.2f} %" if changes else "diverged"
+        if len(changes) > 1:
+            text += f" ({min(changes):+.2f} to {max(changes):+.2f})"
+        print(f"| {label} | {text} | {len(changes)}{f', {n_diverged} diverged' if n_diverged else ''} |")
+    if path:
+        draw_options([row for row in rows if row[1]], percent, path)
+    return {"default": default, "noise_percent": percent, "change_percent": {r[0]: r[1] for r in rows}}
+
+
+def draw_options(rows: list[tuple[str, list[float], int]], noise: float, path: Path) -> None:
+    """A dot for each seed of each option, and twice the noise of seeds as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
+    axis.axvspan(-2 * noise, 2 * noise, alpha=0.15, label="two deviations of a seed")
+    for y, (_, changes, _) in enumerate(reversed(rows)):
+        axis.plot(changes, [y] * len(changes), "o", color="C0", markersize=5)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axis.set(xlabel="change of held-out bits per byte against the default, % (less is better)")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Train what is missing, then print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["rates", "law", "options"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of text")
+    parser.add_argument("--include", default="*", help="glob pattern of the files in it")
+    parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
+    parser.add_argument("--rates", help=f"peak learning rates of {', '.join(KINDS)}, as 6e-3,3e-3,1.5e-3")
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} x {SEQ_LEN} tokens")
+    parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has two more")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    steps = arguments.steps
+    jobs: list[Job] = []
+    if arguments.what == "rates":
+        for kind in KINDS:
+            jobs += [Job(kind, SMALL[0], "default", make(kind, SMALL, rate, 1, steps)) for rate in RATES]
+    else:
+        if not arguments.rates:
+            parser.error("--rates is missing; find them with: rates")
+        rates = dict(zip(KINDS, map(float, arguments.rates.split(",")), strict=True))
+    if arguments.what == "law":
+        for width, n_layers, n_seeds in SIZES:
+            jobs += [
+                Job(kind, width, "default", make(kind, (width, n_layers), rate, seed, steps))
+                for kind, rate in rates.items() for seed in range(1, n_seeds + 1)
+            ]  # fmt: skip
+    if arguments.what == "options":
+        for seed in range(1, arguments.seeds + 3):
+            jobs.append(
+                Job("ternary", BASE[0], "default", make("ternary", BASE, rates["ternary"], seed, steps))
+            )
+        for seed in range(1, arguments.seeds + 1):
+            jobs += [
+                Job("ternary", BASE[0], label, make("ternary", BASE, rates["ternary"], seed, steps, sets))
+                for label, sets in OPTIONS.items()
+            ]  # fmt: skip
+    results = run_all(jobs, arguments.data, arguments.include, arguments.runs, arguments.jobs)
+    summary: dict[str, Any] = {}
+    if arguments.what != "rates":
+        picture = arguments.out.with_suffix(".png") if arguments.out else None
+        summary = {"law": law, "options": options}[arguments.what](results, picture)
+    line = json.dumps({"what": arguments.what, **summary, "runs": results})
+    print(line)
+    if arguments.out:
+        arguments.out.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
