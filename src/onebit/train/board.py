@@ -5,8 +5,7 @@
 Nothing of it is imported where it does not.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ class Board:
                 scalars[name] = value
         with naming(self._folder):
             for name, value in scalars.items():
-                self._writer.add_scalar(name, value, record["step"], new_style=True)
+                self._writer.add_scalar(name, value, record["step"])
 
     def flush(self) -> None:
         """Write what was taken: before a state is saved, as a resumed run does not give it again."""

@@ -195,7 +195,8 @@ def encode(conversation: Messages | tuple[str, str], tokenizer: Tokenizer, confi
     ids, is_answer = _encode_parts(parts, tokenizer)
     if max(ids) >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer gives the token {max(ids)}, and the model knows {config.vocab_size}; expected its own tokenizer"
+            f"the tokenizer gives the token {max(ids)}, and the model knows {config.vocab_size}; "
+            "expected the tokenizer that it was trained with"
         )
     if not config.eos_tokens:
         return Example(np.array(ids, np.int64), np.array(is_answer))

@@ -118,7 +118,7 @@ def save(
     for name, array in state.items():
         if not np.isfinite(array).all():
             raise ValueError(
-                f"training diverged: after {step} steps {name} holds NaN or infinity; the state before is kept. "
+                f"training diverged: after {step} steps {name} holds NaN or infinity; what was saved before stays. "
                 f"Start another run with a lower optim.lr"
             )
     checkpoint = None
@@ -204,7 +204,9 @@ def keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            is_kept = int(record["step"]) < steps and math.isfinite(record["loss"])
+            is_kept = record["step"] < steps
+            if not math.isfinite(record["loss"]):
+                raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(
                 f"{path}, line {number}: not the record of a step; delete the line, and the run goes on without it"
