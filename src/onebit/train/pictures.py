@@ -10,6 +10,7 @@ from onebit.train.state import METRICS
 
 LOSS, HEALTH = "loss.png", "health.png"
 _HELD_OUT = "held_out_"
+_NAMES = {"held_out_kl": "nats per token from the teacher"}
 _PANELS = {
     "flips": "codes that flipped since the last look",
     "zeros": "codes that are zero",
@@ -41,7 +42,8 @@ def draw(out: Path, loss: str) -> None:
     for axis, name in zip(axes[1:], names, strict=True):
         some = [r for r in records if name in r]
         axis.plot([r["step"] for r in some], [r[name] for r in some], marker=".")
-        axis.set(xlabel="step", ylabel=f"held out: {name.removeprefix(_HELD_OUT).replace('_', ' ')}")
+        label = _NAMES.get(name, name.removeprefix(_HELD_OUT).replace("_", " "))
+        axis.set(xlabel="step", ylabel=f"held out: {label}")
     _write(figure, axes, out / LOSS)
 
     looks = [r for r in records if "largest" in r]
