@@ -21,8 +21,10 @@ from onebit.formats import adapter as adapters
 from onebit.formats import run as run_folder
 from onebit.nn import lora
 from onebit.nn.transformer import Transformer
-from onebit.train import tune
+from onebit.train import build, state, tune
 from onebit.train.merge import merge
+from onebit.train.recipe import override
+from onebit.train.recipe import read as read_recipe
 
 TALKS = [
     [("user", "Who are you?"), ("assistant", "I am a small dog.")],
@@ -202,3 +204,26 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
     ):
         result = onebit_(*words)
         assert result.returncode == 2 and problem in result.stderr, result.stderr
+
+
+def test_what_a_tuning_run_refuses(model, chats, tmp_path):
+    out = tmp_path / "run"
+    planned = tune.plan(str(model), chats, [*SETTINGS, "steps=2"])
+    with pytest.raises(ValueError, match=r"training diverged: after 1 steps .*lower optim\.lr"):
+        tune.tune(
+            tune.plan(str(model), chats, [*SETTINGS, "save_every=1", "optim.lr=1e300"]), tmp_path / "bad"
+        )
+    assert sorted(p.name for p in (tmp_path / "bad").iterdir()) == ["metrics.jsonl", "recipe.json"]
+    tune.tune(planned, out)
+    changed = override(tune.read(out / "recipe.json"), ["lora.r=3", "optim.lr=2"])
+    with pytest.raises(
+        ValueError, match=r"optim\.lr: 0\.01 in the run, 2\.0 now; lora\.r: 4 in the run, 3 now"
+    ):
+        tune.tune(changed, out, resume=True)
+    tune.tune(override(planned, ["save_every=1"]), out, resume=True)
+    assert tune.read(out / "recipe.json").save_every == 1
+    with pytest.raises(ValueError, match="tuning run; go on with: onebit tune --out"):
+        read_recipe(out / "recipe.json")
+    state.start(build("tiny"), tmp_path)
+    with pytest.raises(ValueError, match="go on with: onebit train --out"):
+        tune.read(tmp_path / "recipe.json")

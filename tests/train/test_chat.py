@@ -86,6 +86,14 @@ def test_prompts_become_turns_where_there_is_a_template():
     assert np.array_equal(made.tokens, chat.encode(TALK[:2], of, CONFIG).tokens)
 
 
+def test_a_tokenizer_of_another_model_is_refused():
+    small = tiny.config(vocab_size=270)
+    with pytest.raises(
+        ValueError, match=r"gives the token \d+, and the model knows 270; expected the tokenizer"
+    ):
+        chat.encode(("Once upon a time, a dog", " ran."), tokenizer(None), small)
+
+
 def test_a_template_that_rewrites_the_past_is_refused():
     forgets = "{% for m in messages[-1:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="conversations with one answer"):

@@ -38,6 +38,8 @@ def test_documents_of_every_container_in_path_order(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
+        ("a.txt", "Once upon a time".encode("utf-16-le"), "a.txt: holds zero bytes"),
+        ("a.md", bytes(range(32)) * 9, "a.md: holds zero bytes"),
         ("a.jsonl", b'{"text": 1}', "a.jsonl, line 1: expected"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', "a.jsonl, line 2: expected"),
         ("a.jsonl", b"[]", "a.jsonl, line 1: expected"),
@@ -144,6 +146,15 @@ def test_finished_shards_are_reused_without_the_text(tmp_path):
     (folder / "stories.jsonl").unlink()
     again = data.prepare(folder, tmp_path / "out", ("*",), 300, 0.3, 16)
     assert again.sha256 == first.sha256 and np.array_equal(again.train, first.train)
+
+
+@pytest.mark.parametrize("content", ["", " \n\t \n"])
+def test_files_without_text_are_no_text(tmp_path, content):
+    for name in ("a.txt", "b.jsonl", "c.md"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="no text found; expected"):
+        data.prepare(tmp_path, tmp_path / "out", ("*",), 300, 0.3, 16)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["train.npy", "held_out.npy", "tokenizer.json", "corpus.json"])

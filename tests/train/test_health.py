@@ -58,8 +58,22 @@ def test_a_run_has_diverged_when_losses_stay_above_the_bound_and_not_before():
     assert not watch.add(best) and watch.n_high == 0
     climbing = [watch.add(100.0) for _ in range(health.WINDOW)]
     assert climbing == [False] * (health.WINDOW - 1) + [True]
-    small = health.Watch()
-    assert not any(small.add(0.1 if i < 30 else 1.0) for i in range(100))
+
+
+def fallen(scale, risen):
+    """Whether and when a loss that falls from 4 to 0.1 and then rises is said to diverge."""
+    watch = health.Watch()
+    noise = np.random.default_rng(1).uniform(0.8, 1.2, 300)
+    losses = [max(4 - 0.05 * i, 0.1) if i < 150 else risen for i in range(300)] * noise
+    return [watch.add(scale * loss) for loss in losses]
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**17])
+def test_a_weighted_loss_is_judged_as_the_plain_one(scale):
+    # Far above the best, but near what it was when the run began: little of what was won is lost.
+    assert not any(fallen(scale, 0.5))
+    diverged = fallen(scale, 2.0)
+    assert diverged == fallen(1.0, 2.0) and diverged.index(True) == 150 + health.WINDOW - 1
 
 
 def test_a_run_that_climbs_stops_and_names_the_last_good_state(tmp_path, monkeypatch):

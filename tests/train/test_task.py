@@ -59,7 +59,18 @@ def test_the_loop_is_the_plain_loop_to_the_bit(precision, tmp_path):
 
 def test_any_task_fits_with_arrays_of_its_own(tmp_path):
     """Answers only count: the second array says which targets do."""
-    recipe = build("tiny", [*SMALL, "data.vocab_size=320", "steps=30", "accumulate=2", "evaluate_every=10"])
+    recipe = build(
+        "tiny",
+        [
+            *SMALL,
+            "threads=1",
+            "precision=f32",
+            "data.vocab_size=320",
+            "steps=60",
+            "accumulate=2",
+            "evaluate_every=20",
+        ],
+    )
     tokens = np.random.default_rng(1).integers(1, 320, (4, 33))
     counts = np.arange(33)[None, 1:] >= np.array([[4], [8], [12], [30]])
 
@@ -89,9 +100,10 @@ def test_any_task_fits_with_arrays_of_its_own(tmp_path):
     fit(recipe, task, model, tmp_path)
     records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert asked == [False, False, True]
-    assert records[-1]["held_out_nats"] < 0.9 * records[9]["held_out_nats"]
+    # Who has learned nothing has log(320); 60 steps come to less than half of it.
+    assert records[-1]["held_out_nats"] < 0.7 * np.log(320)
     assert records[0]["loss"] == pytest.approx(np.log(320), rel=0.1)
     checkpoint = run_folder.read(tmp_path)
     assert checkpoint.chat_template == tiny.CHAT_TEMPLATE
     assert checkpoint.provenance["answers_sha256"] == "0"
-    assert checkpoint.provenance["tokens"] == 30 * counts.sum()
+    assert checkpoint.provenance["tokens"] == 60 * counts.sum()

@@ -1,11 +1,11 @@
 """`onebit distill`: from a full-precision model and a folder of text to a ternary student."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli.runs import Out, Overrides, Resume, Texts, resumable
 
 
 def distill(
@@ -15,10 +15,8 @@ def distill(
             help="GGUF file, Hugging Face folder or name, .onebit file or run folder.", show_default=False
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of text to learn from.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write.", show_default=False)] = None,
+    data: Texts = None,
+    out: Out = None,
     cache_logits: Annotated[
         int | None,
         typer.Option(
@@ -31,11 +29,8 @@ def distill(
         Path | None,
         typer.Option(help="Folder for tokens and kept answers, to share among runs.", show_default=False),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="a.b=c", help="Change a field of the recipe; repeatable."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overrides: Overrides = None,
+    resume: Resume = False,
 ) -> None:
     """Train a ternary student of a full-precision model, of the same shape and with its tokenizer.
 
@@ -66,12 +61,5 @@ def distill(
         assert teacher is not None
         model = formats.read(teacher)
         built = build_distill(teacher, model, changes)
-    try:
+    with resumable("distill", out):
         run(built, model, data, out, resume)
-    except KeyboardInterrupt:
-        # Before its corpus is made, a run leaves nothing to go on with.
-        if not (out / "recipe.json").exists():
-            raise
-        again = shlex.join(["onebit", "distill", "--out", str(out), "--resume"])
-        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
-        raise typer.Exit(130) from None

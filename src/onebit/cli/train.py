@@ -1,30 +1,24 @@
 """`onebit train`: from a folder of text to a run folder."""
 
-import shlex
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli.runs import Out, Overrides, Resume, Texts, resumable
 
 
 def train(
     recipe: Annotated[
         str | None, typer.Argument(help="Name of a recipe; see --list.", show_default=False)
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of text to learn from.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write.", show_default=False)] = None,
+    data: Texts = None,
+    out: Out = None,
     size: Annotated[
         str | None,
         typer.Option(help="How large a model, for recipes that come in sizes: 1M to 3B.", show_default=False),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="a.b=c", help="Change a field of the recipe; repeatable."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overrides: Overrides = None,
+    resume: Resume = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the recipes and leave.")] = False,
 ) -> None:
     """Train a model by a recipe.
@@ -57,12 +51,5 @@ def train(
 
     from onebit.train import train as run
 
-    try:
+    with resumable("train", out):
         run(built, data, out, resume)
-    except KeyboardInterrupt:
-        # Before its corpus is made, a run leaves nothing to go on with.
-        if not (out / "recipe.json").exists():
-            raise
-        again = shlex.join(["onebit", "train", "--out", str(out), "--resume"])
-        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
-        raise typer.Exit(130) from None

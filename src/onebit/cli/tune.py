@@ -1,11 +1,11 @@
 """`onebit tune`: from a model and a file of conversations to an adapter."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli.runs import Out, Overrides, Resume, resumable
 
 
 def tune(
@@ -23,15 +23,12 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
+    out: Out = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights of a run folder instead of an adapter.")
     ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="a.b=c", help="Change a field, as lora.r=8 or steps=200; repeatable."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overrides: Overrides = None,
+    resume: Resume = False,
 ) -> None:
     """Teach a model to answer, from conversations.
 
@@ -41,24 +38,19 @@ def tune(
     """
     if out is None:
         raise ValueError("--out is missing; it names the folder to write")
-    if resume and (model or data or full or overrides):
-        raise ValueError("--resume goes on with the run as it was; give --out alone")
+    if resume and (model or data or full):
+        raise ValueError("--resume goes on with the model and the file of the run; leave them out")
     example = "onebit tune stories.onebit --data chat.jsonl --out runs/chat"
     if not resume and (model is None or data is None):
         raise ValueError(f"{'MODEL' if model is None else '--data'} is missing; as in: {example}")
 
     from onebit.train import tune as tuning
+    from onebit.train.recipe import override
 
     if resume:
-        recipe = tuning.read(out / "recipe.json")
+        recipe = override(tuning.read(out / "recipe.json"), overrides or [])
     else:
         assert model is not None and data is not None
         recipe = tuning.plan(model, data, overrides, full)
-    try:
+    with resumable("tune", out):
         tuning.tune(recipe, out, resume)
-    except KeyboardInterrupt:
-        if not (out / "recipe.json").exists():
-            raise
-        again = shlex.join(["onebit", "tune", "--out", str(out), "--resume"])
-        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
-        raise typer.Exit(130) from None

@@ -54,8 +54,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
-        return int(self._tokenizer.get_vocab_size())
+        """One more than the largest token id, of special ones too."""
+        return 1 + max(self._tokenizer.get_vocab().values(), default=-1)
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text, after the model's begin-of-sequence token if it has one.

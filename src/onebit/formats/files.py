@@ -48,6 +48,17 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a name into every OSError that has none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_file(path: Path, chunks: Iterable[Buffer]) -> None:
     """Write chunks, in order, to a `new_file`."""
     with new_file(path) as file:

@@ -174,8 +174,8 @@ def encode(conversation: Messages | tuple[str, str], tokenizer: Tokenizer, confi
         config: of the model, for its end tokens.
 
     Raises:
-        ValueError: messages for a model without a template, or a template whose text of a whole conversation does not
-            begin with the text of its beginning.
+        ValueError: messages for a model without a template, a template whose text of a whole conversation does not
+            begin with the text of its beginning, or a tokenizer that is not the model's.
     """
     if tokenizer.chat_template is None:
         if not isinstance(conversation, tuple):
@@ -193,6 +193,11 @@ def encode(conversation: Messages | tuple[str, str], tokenizer: Tokenizer, confi
             ]
         parts = _parts(conversation, tokenizer)
     ids, is_answer = _encode_parts(parts, tokenizer)
+    if max(ids) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives the token {max(ids)}, and the model knows {config.vocab_size}; "
+            "expected the tokenizer that it was trained with"
+        )
     if not config.eos_tokens:
         return Example(np.array(ids, np.int64), np.array(is_answer))
     # What the template writes after the end of an answer, often a line break, is for the model to read, not to say.

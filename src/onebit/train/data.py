@@ -140,6 +140,9 @@ def _split_documents(name: str, raw: IO[bytes]) -> Iterator[str]:
         raise ValueError(
             f"{name}: not UTF-8 text (byte {error.start}); re-encode it or leave it out"
         ) from None
+    if "\0" in text:
+        # As UTF-16 has in every other place.
+        raise ValueError(f"{name}: holds zero bytes, so it is no UTF-8 text; re-encode it or leave it out")
     if Path(name).suffix != ".jsonl":
         yield from (part.strip() for part in text.split(END_OF_TEXT) if part.strip())
         return
@@ -283,9 +286,9 @@ def prepare(
         _write(out, raw, parts, len(documents))
     try:
         corpus = _open(out, given)
-    except (OSError, MemoryError):
-        raise
     except Exception as error:  # the bindings raise a bare Exception
+        if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
+            raise
         raise ValueError(
             f"{out}: the corpus is damaged ({error}); delete it and resume with --data to make it again"
         ) from None
@@ -325,11 +328,20 @@ def _open(out: Path, given: Given | None) -> Corpus:
     raw = (out / "tokenizer.json").read_bytes()
     tokenizer = Tokenizer.from_buffer(raw)
     end = given.end_token if given else tokenizer.get_vocab()[END_OF_TEXT]
+    train, held_out = (
+        np.lib.format.open_memmap(out / f"{name}.npy", mode="r") for name in ("train", "held_out")
+    )
+    sha256 = json.loads((out / "corpus.json").read_text())["sha256"]
+    digest = hashlib.sha256(raw)
+    for tokens in (train, held_out):
+        digest.update(tokens.data)
+    if digest.hexdigest() != sha256:
+        raise ValueError("its bytes are not those that were written")
     return Corpus(
-        train=np.load(out / "train.npy", mmap_mode="r"),
-        held_out=np.load(out / "held_out.npy", mmap_mode="r"),
+        train=train,
+        held_out=held_out,
         token_bytes=count_bytes(tokenizer, end),
-        sha256=json.loads((out / "corpus.json").read_text())["sha256"],
+        sha256=sha256,
         tokenizer=raw,
         end_token=end,
     )

@@ -133,8 +133,8 @@ def given_tokenizer(teacher: Checkpoint) -> text.Given:
     n_tokens = Tokenizer(data).vocab_size
     if n_tokens > config.vocab_size:
         raise ValueError(
-            f"the teacher's tokenizer has {n_tokens} tokens, its embedding {config.vocab_size} rows; expected a row "
-            f"for each: give the tokenizer that the teacher was trained with"
+            f"the teacher's tokenizer goes up to token {n_tokens - 1}, its embedding has {config.vocab_size} rows; "
+            f"expected a row for each: give the tokenizer that the teacher was trained with"
         )
     if not config.eos_tokens:
         raise ValueError("the teacher names no token that ends a text; set eos_token_id in its config")
@@ -215,7 +215,12 @@ def distillation(recipe: Recipe, corpus: text.Corpus, teacher: Teacher, answers:
         }
 
     provenance = {"corpus_sha256": corpus.sha256, "teacher_sha256": teacher.sha256}
-    return Task(batch, token_losses, measure, size * seq_len, corpus.tokenizer, provenance=provenance)
+    weights = {"text": d.text, "logits": d.logits, "relations": d.relations}
+    loss = " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+    return Task(
+        batch, token_losses, measure, size * seq_len, corpus.tokenizer, provenance=provenance,
+        loss=f"{loss}, nats per token",
+    )  # fmt: skip
 
 
 def held_out_kl(model: Transformer, teacher: Teacher, corpus: text.Corpus, seq_len: int, limit: int) -> float:

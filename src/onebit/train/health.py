@@ -13,37 +13,43 @@ from onebit.nn.transformer import Transformer
 from onebit.quant import quantize_weights
 from onebit.train.options import CODES
 
-# A run has diverged when, for so many steps on end, the loss is above the best mean over as many steps by this much:
-# the larger of the two bounds.
+# A run has diverged when, for so many steps on end, the loss is above the best mean over as many steps by this share of
+# the best, or this share of what was won since the first such mean, if that is more.
 WINDOW = 20
-RISE_NATS, RISE_SHARE = 1.0, 0.5
+RISE_SHARE, WON_SHARE = 0.5, 0.25
 
 
 class Watch:
     """Whether the loss has climbed for good.
 
-        high: loss > best + max(1, best / 2),  best = least mean loss of 20 successive steps so far
+        high: loss > best + max(best / 2, (first - best) / 4)
         diverged: high for 20 steps on end
 
-    One step that is high means nothing, but no state is saved then.
+    first is the mean loss of the first 20 steps, best the least of any 20 successive ones so far. A loss that is
+    multiplied by a number, as the weighted ones of distillation, is judged alike. One step that is high means nothing,
+    but no state is saved then.
     """
 
     def __init__(self) -> None:
-        self.best = math.inf
+        self.first = self.best = math.inf
         self.n_high = 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     @property
     def bound(self) -> float:
         """What a loss should not exceed; infinity in the first steps."""
-        return self.best + max(RISE_NATS, RISE_SHARE * self.best)
+        if math.isinf(self.best):
+            return math.inf
+        return self.best + max(RISE_SHARE * self.best, WON_SHARE * (self.first - self.best))
 
     def add(self, loss: float) -> bool:
         """Take the loss of a step; return whether the run has diverged."""
         self.n_high = self.n_high + 1 if loss > self.bound else 0
         self._recent.append(loss)
         if len(self._recent) == WINDOW:
-            self.best = min(self.best, sum(self._recent) / WINDOW)
+            mean = sum(self._recent) / WINDOW
+            self.first = mean if math.isinf(self.first) else self.first
+            self.best = min(self.best, mean)
         return self.n_high >= WINDOW
 
 

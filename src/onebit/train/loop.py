@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from onebit.formats.files import naming
 from onebit.nn.transformer import Transformer
 from onebit.train import data as text
 from onebit.train import health, optimizers, options, state
+from onebit.train.board import Board
 from onebit.train.pictures import draw
 from onebit.train.recipe import Recipe
 from onebit.train.state import METRICS, STATE
@@ -83,7 +85,7 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     optim = recipe.optim
     optimizer = optimizers.make(recipe.options.optimizer, optim, model.parameters())
     extras: dict[str, Tensor] = {}
-    first = state.restore(out / STATE, model, optimizer, extras, recipe) if resumed else 0
+    first = state.restore(out / STATE, model, optimizer, extras, recipe, task) if resumed else 0
     watch = health.Watch()
     for past in state.keep_metrics(out / METRICS, first):
         if past["step"] >= recipe.options.lambda_steps:
@@ -98,7 +100,13 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     seconds = 0.0
     saved = first
     measured: dict[str, float] = {}
-    with Progress(*columns, console=console) as progress, (out / METRICS).open("a", buffering=1) as metrics:
+    with ExitStack() as stack:
+        stack.enter_context(naming(out / METRICS))
+        progress = stack.enter_context(Progress(*columns, console=console))
+        metrics = stack.enter_context((out / METRICS).open("a", buffering=1))
+        board = Board(out, first) if recipe.tensorboard else None
+        if board:
+            stack.callback(board.close)
         bar = progress.add_task(recipe.name, total=recipe.steps, completed=first, note="")
         for step in range(first, recipe.steps):
             started = time.perf_counter()
@@ -142,12 +150,20 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
             seconds += time.perf_counter() - started
             record["tok_per_s"] = round((step + 1 - first) * task.tokens_per_step / seconds)
             metrics.write(json.dumps(record) + "\n")
-            if done or (step + 1) % recipe.evaluate_every == 0:
-                draw(out)
+            if board:
+                board.add(record)
             if done or ((step + 1) % recipe.save_every == 0 and not watch.n_high):
                 os.fsync(metrics.fileno())
+                if board:
+                    board.flush()
                 state.save(out, model, optimizer, extras, task, recipe, step + 1)
                 saved = step + 1
+            if done or (step + 1) % recipe.evaluate_every == 0:
+                try:
+                    draw(out, task.loss)
+                except Exception as error:
+                    # No picture is worth a run; a disk that is full stops it at its next file.
+                    console.print(f"onebit: no picture after step {step}: {error}", highlight=False)
             note = f"loss {loss:.3f}, {record['tok_per_s']} tok/s"
             progress.update(bar, completed=step + 1, note=note)
     if first < recipe.steps:

@@ -22,7 +22,8 @@ EMA, CODES = "ema", "codes"
 
 def extra_keys(recipe: Recipe) -> tuple[str, ...]:
     """What is kept for a parameter between steps, besides what the optimiser remembers."""
-    return tuple(key for key, used in ((EMA, recipe.options.ema), (CODES, recipe.health_every)) if used)
+    # Codes even where nobody looks: a resumed run may look less often.
+    return (EMA, CODES) if recipe.options.ema else (CODES,)
 
 
 def set_rounding(rounding: Rounding, recipe: Recipe, step: int, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from onebit.train.state import METRICS
 
 LOSS, HEALTH = "loss.png", "health.png"
 _HELD_OUT = "held_out_"
+_NAMES = {"held_out_kl": "nats per token from the teacher"}
 _PANELS = {
     "flips": "codes that flipped since the last look",
     "zeros": "codes that are zero",
@@ -18,8 +19,13 @@ _PANELS = {
 }
 
 
-def draw(out: Path) -> None:
-    """Draw the losses and, where they are recorded, the figures of `health.look` into the run folder."""
+def draw(out: Path, loss: str) -> None:
+    """Draw the losses and, where they are recorded, the figures of `health.look` into the run folder.
+
+    Args:
+        out: the run folder.
+        loss: what the losses of training are, as "nats per token".
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,18 +33,17 @@ def draw(out: Path) -> None:
 
     records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     steps = [r["step"] for r in records]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    axes[0].plot(steps, [r["loss"] for r in records], linewidth=0.6)
-    axes[0].set(xlabel="step", ylabel="training loss, nats per token")
     names = list(dict.fromkeys(name for r in records for name in r if name.startswith(_HELD_OUT)))
-    for name in names:
+    width = 1 + len(names)
+    figure, axes = pyplot.subplots(1, width, figsize=(5.5 * width, 4), layout="constrained", squeeze=False)
+    axes = axes[0]
+    axes[0].plot(steps, [r["loss"] for r in records], linewidth=0.6)
+    axes[0].set(xlabel="step", ylabel=f"training loss: {loss}")
+    for axis, name in zip(axes[1:], names, strict=True):
         some = [r for r in records if name in r]
-        label = name.removeprefix(_HELD_OUT).replace("_", " ")
-        axes[1].plot([r["step"] for r in some], [r[name] for r in some], marker=".", label=label)
-    axes[1].set(xlabel="step", ylabel="held-out text, bits per byte")
-    if len(names) > 1:
-        axes[1].set(ylabel="held out")
-        axes[1].legend()
+        axis.plot([r["step"] for r in some], [r[name] for r in some], marker=".")
+        label = _NAMES.get(name, name.removeprefix(_HELD_OUT).replace("_", " "))
+        axis.set(xlabel="step", ylabel=f"held out: {label}")
     _write(figure, axes, out / LOSS)
 
     looks = [r for r in records if "largest" in r]

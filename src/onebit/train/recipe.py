@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from onebit.config import ModelConfig
 from onebit.train.optim import Schedule
 
+# What a resumed run may change: where things lie and what is written of them, but no loss.
+_MAY_CHANGE = {
+    "distill.corpus", "evaluate_every", "evaluate_sequences", "save_every", "health_every", "tensorboard",
+}  # fmt: skip
 _ANY_COUNT = (1, 2**31 - 1)
 _ANY_SIZE = (0.0, sys.float_info.max)
 _BELOW_ONE = (0.0, math.nextafter(1, 0))
@@ -200,6 +204,7 @@ class Recipe:
         evaluate_sequences: held-out sequences in each; the last measurement takes them all.
         save_every: steps between checkpoints.
         health_every: steps between looks at codes and activations; 0 for none.
+        tensorboard: write the metrics as event files of TensorBoard too; needs tensorboard.
     """
 
     name: str
@@ -219,6 +224,7 @@ class Recipe:
     evaluate_sequences: int = 16
     save_every: int = 250
     health_every: int = 50
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for path, (low, high) in _LIMITS.items():
@@ -262,7 +268,10 @@ class Recipe:
         return values
 
 
-def override(recipe: Recipe, overrides: list[str]) -> Recipe:
+_R = TypeVar("_R", bound=Recipe)
+
+
+def override(recipe: _R, overrides: list[str]) -> _R:
     """Apply "a.b=c" overrides to a recipe, all at once: fields that must fit together come in any order.
 
     Raises:
@@ -274,7 +283,7 @@ def override(recipe: Recipe, overrides: list[str]) -> Recipe:
         if not equals:
             raise ValueError(f"--set {text}: expected a.b=c")
         _note(changes, recipe, path.split("."), value, path)
-    changed: Recipe = _changed(recipe, changes)
+    changed: _R = _changed(recipe, changes)
     return changed
 
 
@@ -291,6 +300,10 @@ def read(path: Path) -> Recipe:
         raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
     try:
         values = json.loads(path.read_text())
+        if "chats" in values:
+            raise ValueError(
+                f"it is that of a tuning run; go on with: onebit tune --out {path.parent} --resume"
+            )
         values["model"] = ModelConfig.from_dict(values["model"])
         values["data"]["include"] = tuple(values["data"]["include"])
         values["data"], values["optim"] = Data(**values["data"]), Schedule(**values["optim"])
@@ -301,6 +314,24 @@ def read(path: Path) -> Recipe:
         return Recipe(**values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a recipe that this version of onebit can read ({error})") from None
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """The fields, with both values, in which a recipe differs so that its losses would not be those of the run."""
+    then, today = _flat(before.to_dict()), _flat(now.to_dict())
+    return [
+        f"{path}: {json.dumps(then.get(path))} in the run, {json.dumps(today.get(path))} now"
+        for path in then | today
+        if then.get(path) != today.get(path) and path not in _MAY_CHANGE
+    ]
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values by their dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return flat
 
 
 def _note(changes: dict[str, Any], node: Any, path: list[str], text: str, whole: str) -> None:

@@ -5,22 +5,27 @@ steps; model.safetensors beside it holds the model as others read it.
 """
 
 import json
+import math
+import os
 import re
+import zlib
+from errno import EACCES
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from onebit.checkpoint import Checkpoint
-from onebit.formats import run, tensors
+from onebit.formats import adapter, run, tensors
 from onebit.formats.files import write_file
 from onebit.nn.transformer import Transformer
+from onebit.train import board, options
 from onebit.train import data as text
-from onebit.train import options
 from onebit.train.optimizers import MOMENTS
-from onebit.train.recipe import Recipe, read
+from onebit.train.recipe import Recipe, differences, read
 from onebit.train.task import Task
 
 STATE = "state.safetensors"
@@ -34,24 +39,48 @@ def open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool
         ValueError: a run that is already there, none to resume, or one of another recipe.
         OSError: the folder of texts is missing.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; --out expects a folder")
-    path = out / run.RECIPE
+    resumed = open_folder(recipe, out, read(out / run.RECIPE) if resume else None)
     if not resume:
-        if path.exists():
-            raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
         text.check_folder(data)
         # A corpus without a recipe may be that of any other.
         (out / "corpus" / "corpus.json").unlink(missing_ok=True)
+    return resumed
+
+
+def open_folder(recipe: Recipe, out: Path, before: Recipe | None) -> bool:
+    """The part of `open_run` that does not depend on the kind of data.
+
+    Args:
+        recipe: to run.
+        out: run folder.
+        before: the recipe in it, to resume; else None.
+
+    Raises:
+        ValueError: see `open_run`; also a model whose state is gone, or no tensorboard where the recipe asks for it.
+        OSError: the folder cannot be written.
+    """
+    if recipe.tensorboard:
+        board.library()
+    at = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not at.is_dir():
+        raise ValueError(f"{at}: is a file; --out expects a folder")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise PermissionError(EACCES, "cannot be written; choose another --out", str(at))
+    if before is None:
+        if (out / run.RECIPE).exists():
+            raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
         return False
-    before, now = read(path).to_dict(), recipe.to_dict()
-    for name in now:
-        if before[name] != now[name]:
-            raise ValueError(
-                f"{out}: the run's {name} is {json.dumps(before[name])}, this recipe's {json.dumps(now[name])}; "
-                f"resume with the same recipe, or start another run"
-            )
-    return (out / STATE).exists()
+    if differ := differences(before, recipe):
+        raise ValueError(
+            f"{out}: {'; '.join(differ)}. Resume with the values of the run (leave --set out), or start another run"
+        )
+    has_state = (out / STATE).exists()
+    if not has_state and any((out / name).exists() for name in (run.MODEL, adapter.MODEL)):
+        # To begin again would write over what was learned.
+        raise ValueError(f"{out} holds a model, but no {STATE} to go on from; start another run")
+    if recipe != before:
+        start(recipe, out)
+    return has_state
 
 
 def start(recipe: Recipe, out: Path) -> None:
@@ -72,7 +101,7 @@ def save(
     """Write the state to resume from, then the model; each file is whole or the one before it.
 
     Raises:
-        ValueError: weights that are no longer numbers; nothing is written then.
+        ValueError: numbers that are no longer finite; nothing is written then.
         OSError: the disk is full, ...
     """
     provenance = {
@@ -81,18 +110,28 @@ def save(
         "steps": step,
         "tokens": step * task.tokens_per_step,
     }
-    checkpoint = None
-    if task.write is None:
-        with options.averaged(model, extras):
-            weights = {name: _array(w) for name, w in model.masters().items()}
-        # Made before anything is written: it refuses weights that are no longer numbers.
-        checkpoint = Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
     state = {name: _array(p) for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
         state |= {f"{name}.{key}": _array(moments[key]) for key in MOMENTS[recipe.options.optimizer]}
     state |= {name: _array(tensor) for name, tensor in extras.items()}
-    tensors.write(out / STATE, {"step": str(step)}, state)
+    for name, array in state.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"training diverged: after {step} steps {name} holds NaN or infinity; what was saved before stays. "
+                f"Start another run with a lower optim.lr"
+            )
+    checkpoint = None
+    if task.write is None:
+        with options.averaged(model, extras):
+            weights = {name: _array(w) for name, w in model.masters().items()}
+        # Made before anything is written, as it may refuse them.
+        checkpoint = Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
+    checksum = zlib.crc32(str(step).encode())
+    for array in state.values():
+        checksum = zlib.crc32(tensors.raw(array), checksum)
+    about = {"step": str(step), "crc32": str(checksum)} | _sources(task)
+    tensors.write(out / STATE, about, state)
     if checkpoint is not None:
         run.write(checkpoint, out)
         return
@@ -107,17 +146,19 @@ def restore(
     optimizer: torch.optim.Optimizer,
     extras: dict[str, Tensor],
     recipe: Recipe,
+    task: Task,
 ) -> int:
     """Load weights, moments and extras; return the number of steps that were done, at most those of the run.
 
     Raises:
-        ValueError: a damaged file, or one of another model.
+        ValueError: a damaged file, one of another model, or other data than that of the run.
     """
     keys = MOMENTS[recipe.options.optimizer]
     with tensors.named(path):
         header, contents = tensors.split_header(tensors.map_file(path))
         state = {name: torch.from_numpy(a.copy()) for name, a in tensors.views(header, contents).items()}
-        text = header["__metadata__"].get("step", "")
+        about = header["__metadata__"]
+        text = about.get("step", "")
         step = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
         shapes = {n: p.shape for n, p in model.named_parameters()}
         expected = {
@@ -132,6 +173,14 @@ def restore(
         )
         if found != expected or not fits or not 0 <= step <= recipe.steps:
             raise ValueError("not the state of this recipe's model; the file is damaged")
+        if "crc32" in about and about["crc32"] != str(zlib.crc32(contents.data, zlib.crc32(text.encode()))):
+            raise ValueError("its checksum is not that of its bytes; the file is damaged: start another run")
+        for name, value in _sources(task).items():
+            if about.get(name, value) != value:
+                raise ValueError(
+                    f"the data is not that of the run ({name} {about[name][:16]} in the run, {value[:16]} now); "
+                    f"give that back, or start another run"
+                )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(state[name])
         optimizer.state[parameter] = {
@@ -144,10 +193,34 @@ def restore(
 
 
 def keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Drop the records of steps that will be done again, and a last line that a kill cut short; return the others."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_file(path, ["".join(lines[:steps]).encode()])
-    return [json.loads(line) for line in lines[:steps]]
+    """Drop the records of steps that will be done again, and a last line that a kill cut short; return the others.
+
+    Raises:
+        ValueError: a line that is no record; the file stays as it is.
+    """
+    # What follows the last end of a line was cut, or is nothing.
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    kept, records = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            is_kept = record["step"] < steps
+            if not math.isfinite(record["loss"]):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(
+                f"{path}, line {number}: not the record of a step; delete the line, and the run goes on without it"
+            ) from None
+        if is_kept:
+            kept.append(line + b"\n")
+            records.append(record)
+    write_file(path, kept)
+    return records
+
+
+def _sources(task: Task) -> dict[str, str]:
+    """What names the data of a task."""
+    return {name: str(value) for name, value in task.provenance.items() if name.endswith("_sha256")}
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

@@ -54,6 +54,7 @@ class Task:
         write: writes what was learned into the run folder, from the model and its provenance; None writes the float32
             master.
         command: how the result is run; None for that of a run folder.
+        loss: what the losses are, for the picture.
     """
 
     batch: Callable[[int], Batch]
@@ -65,6 +66,7 @@ class Task:
     provenance: dict[str, Any] = field(default_factory=dict)
     write: Callable[[Transformer, dict[str, Any], Path], None] | None = None
     command: str | None = None
+    loss: str = "nats per token"
 
 
 def next_token(recipe: Recipe, corpus: text.Corpus) -> Task:

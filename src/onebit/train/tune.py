@@ -104,7 +104,6 @@ def plan(base: str, chats: Path, overrides: list[str] | None = None, full: bool 
         full=full, health_every=50 if full else 0, evaluate_every=50, save_every=100,
     )  # fmt: skip
     changed = override(recipe, overrides or [])
-    assert isinstance(changed, TuneRecipe)
     if changed.model != config or changed.base != base or changed.chats != str(chats):
         raise ValueError("--set model, base, chats: they are those of the model and the file; leave them out")
     if not full and changed.options != Options(optimizer=changed.options.optimizer):
@@ -130,6 +129,9 @@ def read(path: Path) -> TuneRecipe:
         raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
     try:
         values = json.loads(path.read_text())
+        if "chats" not in values:
+            verb = "distill" if "distill" in values else "train"
+            raise ValueError(f"go on with: onebit {verb} --out {path.parent} --resume")
         values["model"] = ModelConfig.from_dict(values["model"])
         values["data"]["include"] = tuple(values["data"]["include"])
         values["lora"]["targets"] = tuple(values["lora"]["targets"])
@@ -155,13 +157,7 @@ def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
             longer a number.
         OSError: a full disk, ...
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; --out expects a folder")
-    path = out / run.RECIPE
-    if resume and read(path) != recipe:
-        raise ValueError(f"{out}: the run has another recipe; resume it as it was, or start another run")
-    if not resume and path.exists():
-        raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
+    resumed = state.open_folder(recipe, out, read(out / run.RECIPE) if resume else None)
     examples = _read(recipe)
     if examples.sha256 != recipe.sha256:
         raise ValueError(
@@ -170,12 +166,11 @@ def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
     checkpoint, tokenizer = _base(recipe.base, recipe.full)
     model = _model(checkpoint, recipe)
     if not resume:
-        out.mkdir(parents=True, exist_ok=True)
         state.start(recipe, out)
     console = Console(stderr=True)
     console.print(_summary(examples), highlight=False, soft_wrap=True)
     task = answers(recipe, examples, checkpoint, out)
-    fit(recipe, task, model, out, resume and (out / state.STATE).exists())
+    fit(recipe, task, model, out, resumed)
 
 
 def answers(recipe: TuneRecipe, chats: chat.Chats, checkpoint: Checkpoint, out: Path) -> Task:
@@ -207,7 +202,7 @@ def answers(recipe: TuneRecipe, chats: chat.Chats, checkpoint: Checkpoint, out: 
     return Task(
         batch, answer_losses, measure, round(mean_tokens * recipe.batch_size), checkpoint.tokenizer,
         checkpoint.chat_template, {"chats_sha256": chats.sha256, "base": checkpoint.provenance},
-        None if recipe.full else write, None if recipe.full else again,
+        None if recipe.full else write, None if recipe.full else again, "nats per answer token",
     )  # fmt: skip
 
 
