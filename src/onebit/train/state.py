@@ -1,7 +1,8 @@
 """The folder of a run: what may be resumed, what is saved, and what comes back to the bit.
 
 state.safetensors holds the parameters, what the optimiser remembers of each, and what options and health keep between
-steps; model.safetensors beside it holds the model as others read it.
+steps; of several processes each writes its part, into a folder state-STEP (see shards.py). model.safetensors beside it
+holds the model as others read it.
 """
 
 import json
@@ -18,7 +19,7 @@ from onebit.formats import run, tensors
 from onebit.formats.files import write_file
 from onebit.nn.transformer import Transformer
 from onebit.train import data as text
-from onebit.train import options
+from onebit.train import options, ranks, shards
 from onebit.train.optimizers import MOMENTS
 from onebit.train.recipe import Recipe, read
 from onebit.train.task import Task
@@ -51,7 +52,21 @@ def open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool
                 f"{out}: the run's {name} is {json.dumps(before[name])}, this recipe's {json.dumps(now[name])}; "
                 f"resume with the same recipe, or start another run"
             )
-    return (out / STATE).exists()
+    return latest(out) is not None
+
+
+def latest(out: Path) -> Path | None:
+    """The state to resume from: the file of one process or the folder of several, whichever has come further.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path, folder = out / STATE, shards.latest(out)
+    if folder is None or not path.exists():
+        return folder or (path if path.exists() else None)
+    with tensors.named(path):
+        header, _ = tensors.split_header(tensors.map_file(path))
+        return path if _step(header) >= shards.step_of(folder) else folder
 
 
 def start(recipe: Recipe, out: Path) -> None:
@@ -81,24 +96,39 @@ def save(
         "steps": step,
         "tokens": step * task.tokens_per_step,
     }
-    checkpoint = None
+    checkpoints: list[Checkpoint] = []
     if task.write is None:
+        weights = {}
         with options.averaged(model, extras):
-            weights = {name: _array(w) for name, w in model.masters().items()}
+            for name, w in model.masters().items():
+                full = ranks.whole(w)
+                if ranks.is_first():
+                    weights[name] = _array(full)
+
+        def make() -> None:
+            checkpoints.append(
+                Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
+            )
+
         # Made before anything is written: it refuses weights that are no longer numbers.
-        checkpoint = Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
-    state = {name: _array(p) for name, p in model.named_parameters()}
+        ranks.first(make)
+    state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
-        state |= {f"{name}.{key}": _array(moments[key]) for key in MOMENTS[recipe.options.optimizer]}
-    state |= {name: _array(tensor) for name, tensor in extras.items()}
-    tensors.write(out / STATE, {"step": str(step)}, state)
-    if checkpoint is not None:
-        run.write(checkpoint, out)
+        state |= {f"{name}.{key}": moments[key] for key in MOMENTS[recipe.options.optimizer]}
+    state |= extras
+    if ranks.count() > 1:
+        shards.write(out, step, state)
+        ranks.first(lambda: (out / STATE).unlink(missing_ok=True))
+    else:
+        tensors.write(out / STATE, {"step": str(step)}, {name: _array(t) for name, t in state.items()})
+        shards.remove(out, keep=None)
+    if task.write is None:
+        ranks.first(lambda: run.write(checkpoints[0], out))
         return
-    assert task.write is not None
-    with options.averaged(model, extras):
-        task.write(model, provenance, out)
+    with options.averaged(model, extras), ranks.gathered(model):
+        write = task.write
+        ranks.first(lambda: write(model, provenance, out))
 
 
 def restore(
@@ -114,32 +144,38 @@ def restore(
         ValueError: a damaged file, or one of another model.
     """
     keys = MOMENTS[recipe.options.optimizer]
+    parameters = dict(model.named_parameters())
+    # What is kept of a parameter: itself, and more under longer names.
+    owners = parameters | {
+        f"{name}.{key}": parameter
+        for name, parameter in parameters.items()
+        for key in (*keys, *options.extra_keys(recipe))
+    }
+    needed = {*parameters, *(f"{name}.{key}" for name in parameters for key in keys)}
     with tensors.named(path):
-        header, contents = tensors.split_header(tensors.map_file(path))
-        state = {name: torch.from_numpy(a.copy()) for name, a in tensors.views(header, contents).items()}
-        text = header["__metadata__"].get("step", "")
-        step = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
-        shapes = {n: p.shape for n, p in model.named_parameters()}
-        expected = {
-            f"{n}{k}": shape for n, shape in shapes.items() for k in ("", *(f".{key}" for key in keys))
-        }
-        kept = {name: a for name, a in state.items() if name not in expected}
-        found = {name: a.shape for name, a in state.items() if name in expected}
-        extra_names = {f"{n}.{key}" for n in shapes for key in options.extra_keys(recipe)}
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        if path.is_dir():
+            step, shapes = shards.step_of(path), shards.shapes(path)
+        else:
+            header, contents = tensors.split_header(tensors.map_file(path))
+            step, arrays = _step(header), tensors.views(header, contents)
+            shapes = {name: a.shape for name, a in arrays.items()}
         # Of the extras, codes exist from their first measurement on.
-        fits = all(
-            name in extra_names and a.shape == shapes[name.rpartition(".")[0]] for name, a in kept.items()
-        )
-        if found != expected or not fits or not 0 <= step <= recipe.steps:
+        fits = needed <= shapes.keys() <= owners.keys()
+        fits = fits and all(shape == owners[name].shape for name, shape in shapes.items())
+        if not fits or not 0 <= step <= recipe.steps:
             raise ValueError("not the state of this recipe's model; the file is damaged")
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(state[name])
+        if path.is_dir():
+            state = shards.read(path, {name: owners[name] for name in shapes})
+        else:
+            state = {n: ranks.divided(torch.from_numpy(a.copy()), owners[n]) for n, a in arrays.items()}
+    for name, parameter in parameters.items():
+        parameter.detach().copy_(state[name])
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step), device=parameter.device),
-            **{key: state[f"{name}.{key}"].to(parameter.device) for key in keys},
+            **{key: state[f"{name}.{key}"] for key in keys},
         }
-    device = next(model.parameters()).device
-    extras |= {name: tensor.to(device) for name, tensor in kept.items()}
+    extras |= {name: tensor for name, tensor in state.items() if name not in needed}
     return step
 
 
@@ -148,6 +184,11 @@ def keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     write_file(path, ["".join(lines[:steps]).encode()])
     return [json.loads(line) for line in lines[:steps]]
+
+
+def _step(header: dict[str, Any]) -> int:
+    text = header["__metadata__"].get("step", "")
+    return int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
