@@ -1,11 +1,12 @@
 """`onebit distill`: from a full-precision model and a folder of text to a ternary student."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli import say
 
 
 def distill(
@@ -73,5 +74,5 @@ def distill(
         if not (out / "recipe.json").exists():
             raise
         again = shlex.join(["onebit", "distill", "--out", str(out), "--resume"])
-        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
+        say(f"stopped; go on with: {again}")
         raise typer.Exit(130) from None

@@ -1,11 +1,12 @@
 """`onebit train`: from a folder of text to a run folder."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli import say
 
 
 def train(
@@ -64,5 +65,5 @@ def train(
         if not (out / "recipe.json").exists():
             raise
         again = shlex.join(["onebit", "train", "--out", str(out), "--resume"])
-        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
+        say(f"stopped; go on with: {again}")
         raise typer.Exit(130) from None

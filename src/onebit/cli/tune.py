@@ -1,11 +1,12 @@
 """`onebit tune`: from a model and a file of conversations to an adapter."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli import say
 
 
 def tune(
@@ -60,5 +61,5 @@ def tune(
         if not (out / "recipe.json").exists():
             raise
         again = shlex.join(["onebit", "tune", "--out", str(out), "--resume"])
-        print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
+        say(f"stopped; go on with: {again}")
         raise typer.Exit(130) from None

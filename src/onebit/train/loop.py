@@ -81,7 +81,7 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
         ValueError: see `train`.
         OSError: a full disk, ...
     """
-    _check_parts(recipe)
+    ranks.check(recipe.batch_size, recipe.accumulate)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -170,15 +170,6 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     command = task.command or f"onebit run -m {out}"
     what = "adapter" if task.command else "model"
     console.print(f"The {what} is in {out}: {command}", highlight=False, soft_wrap=True)
-
-
-def _check_parts(recipe: Recipe) -> None:
-    n_parts = ranks.count() * recipe.accumulate
-    if recipe.batch_size % n_parts:
-        raise ValueError(
-            f"recipe: batch_size {recipe.batch_size} cannot be divided among {ranks.count()} processes and accumulate "
-            f"{recipe.accumulate}; expected a multiple of {n_parts}: change batch_size, accumulate or --nproc-per-node"
-        )
 
 
 def _diverged(step: int, loss: float, norm: float, watch: health.Watch, saved: int, out: Path) -> str:

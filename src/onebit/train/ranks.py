@@ -140,6 +140,19 @@ def in_turn(make: Callable[[], T], path: Path) -> T:
     return make()
 
 
+def check(batch_size: int, accumulate: int) -> None:
+    """Refuse a batch that cannot be divided among the processes, and then into parts.
+
+    Raises:
+        ValueError: so.
+    """
+    if batch_size % (count() * accumulate):
+        raise ValueError(
+            f"recipe: batch_size {batch_size} cannot be divided among {count()} processes and by accumulate "
+            f"{accumulate}; expected a multiple of {count() * accumulate}: change one of the three"
+        )
+
+
 def mine(array: np.ndarray) -> np.ndarray:
     """The rows of a batch that this process computes: a contiguous part, as long as that of any other."""
     n_rows = len(array) // count()

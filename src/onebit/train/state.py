@@ -32,9 +32,11 @@ def open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool
     """Check that the folder may be used; return whether there is a state to restore.
 
     Raises:
-        ValueError: a run that is already there, none to resume, or one of another recipe.
+        ValueError: a run that is already there, none to resume, one of another recipe, or a batch that cannot be
+            divided among the processes.
         OSError: the folder of texts is missing.
     """
+    ranks.check(recipe.batch_size, recipe.accumulate)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out expects a folder")
     path = out / run.RECIPE
