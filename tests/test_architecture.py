@@ -36,6 +36,7 @@ TOP = len(LAYERS)
 OWNERS = {
     "torch": {"nn", "train"},
     "matplotlib": {"train"},
+    "safetensors": {"train"},
     "tokenizers": {"engine", "train"},
     "jinja2": {"engine"},
     "typer": {"cli"},

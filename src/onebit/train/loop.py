@@ -95,7 +95,7 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     for past in ranks.first(lambda: state.keep_metrics(out / METRICS, first)):
         if past["step"] >= recipe.options.lambda_steps:
             watch.add(past["loss"])
-    losses = torch.compile(task.losses) if recipe.compile else task.losses
+    losses = ranks.fused(task.losses, model.layers) if recipe.compile else task.losses
 
     console = Console(stderr=True, quiet=not ranks.is_first())
     columns = (

@@ -191,6 +191,27 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     model.to(device)
 
 
+def fused(losses: Callable[..., Tensor], blocks: Iterable[nn.Module]) -> Callable[..., Tensor]:
+    """What computes the losses, compiled: as a whole, or of several processes block by block, in place.
+
+    Between blocks parameters are gathered, which is no part of a graph. Without gradients blocks run as they are.
+
+    Args:
+        losses: from a model and a part of a batch.
+        blocks: of the model.
+    """
+    if count() == 1:
+        return torch.compile(losses)
+    for block in blocks:
+        plain, fast = block.forward, torch.compile(block.forward)
+
+        def forward(*args: Any, plain: Any = plain, fast: Any = fast) -> Any:
+            return (fast if torch.is_grad_enabled() else plain)(*args)
+
+        block.forward = forward
+    return losses
+
+
 def whole(tensor: Any) -> Tensor:
     """All rows of a tensor of which each process has a part; all processes must ask."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -11,14 +11,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from onebit.formats.files import sync_folder
 from onebit.train import ranks
@@ -49,6 +45,10 @@ def write(out: Path, step: int, state: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: the disk is full, ...; the older folder stays.
     """
+    # Here and below, so that one process alone waits for none of it.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     path = out / f"state-{step}"
     temporary = path.with_name(f".{path.name}.tmp")
 
@@ -95,6 +95,9 @@ def read(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a damaged file.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     dtypes = {name: meta.properties.dtype for name, meta in _contents(folder).items()}
     state = {name: torch.zeros_like(tensor.detach(), dtype=dtypes[name]) for name, tensor in like.items()}
     with _plain_errors(), warnings.catch_warnings():
@@ -109,21 +112,23 @@ def _folders(out: Path) -> list[Path]:
     return [path for path in out.glob("state-*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
-def _contents(folder: Path) -> dict[str, TensorStorageMetadata]:
+def _contents(folder: Path) -> dict[str, Any]:
+    """What torch says of each tensor in a folder."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     with _plain_errors():
-        contents = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    found = {}
+        contents: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     for name, meta in contents.items():
-        assert isinstance(meta, TensorStorageMetadata)
         if sum(chunk.sizes.numel() for chunk in meta.chunks) != meta.size.numel():
             raise ValueError(f"rows of {name} are missing; a file was deleted")
-        found[name] = meta
-    return found
+    return contents
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
+    """Errors as a file of one process would give them."""
     from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
