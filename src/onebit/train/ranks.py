@@ -2,7 +2,7 @@
 
     @ranks.together()
     def fit(...):
-        model = ranks.shard(model, model.layers, device)      # each process keeps a part of every parameter
+        ranks.shard(model, model.layers, device)      # each process keeps a part of every parameter
         loss = ranks.total(loss_of(ranks.mine(batch)))
 
 Without torchrun there is one process, which is the first, owns all rows and holds all tensors whole. Knows nothing of
