@@ -18,6 +18,8 @@ from onebit.formats import run as run_folder
 from onebit.train import build, shards, state, train
 from onebit.train.state import METRICS, STATE
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no forks")
+
 SMALL = [
     "data.vocab_size=300",
     "data.seq_len=32",

@@ -156,6 +156,7 @@ def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
             longer a number.
         OSError: a full disk, ...
     """
+    ranks.check(recipe.batch_size, recipe.accumulate)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out expects a folder")
     path = out / run.RECIPE
