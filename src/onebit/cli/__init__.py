@@ -3,6 +3,7 @@
 Results go to stdout, everything else to stderr. Exit codes: 0, 2 for an error of the user, 130 for Ctrl-C.
 """
 
+import os
 import signal
 import sys
 from difflib import get_close_matches
@@ -89,8 +90,18 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print("onebit: error:", " ".join(message.split()), file=sys.stderr)
+    say("error: " + " ".join(message.split()))
     return 2
+
+
+def say(message: str) -> None:
+    """Print why a command ends; of processes that torchrun started, which all end, the first to know says so."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from onebit.train import ranks
+
+        if not ranks.may_speak():
+            return
+    print("onebit:", message, file=sys.stderr)
 
 
 def _missing(error: ImportError) -> str:

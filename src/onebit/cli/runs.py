@@ -1,13 +1,14 @@
 """What the verbs that train share: their options, and how to go on after a stop."""
 
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from onebit.cli import say
 
 Texts = Annotated[Path | None, typer.Option(help="Folder of text to learn from.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="Run folder to write.", show_default=False)]
@@ -27,7 +28,7 @@ def resumable(verb: str, out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         # Before its corpus is made, a run leaves nothing to go on with.
         if (out / "recipe.json").exists():
-            print(f"onebit: stopped; go on with: {again}", file=sys.stderr)
+            say(f"stopped; go on with: {again}")
         raise
     except OSError as error:
         if error.errno is None or not (out / "recipe.json").exists():

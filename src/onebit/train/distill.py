@@ -17,13 +17,13 @@ from onebit.checkpoint import Checkpoint
 from onebit.engine.tokenizer import Tokenizer
 from onebit.nn.transformer import States, Transformer, rope
 from onebit.train import data as text
-from onebit.train import losses, state
+from onebit.train import losses, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.recipe import Data, Distill, Recipe, override
 from onebit.train.student import check_teacher, make_student, student_config
 from onebit.train.task import Batch, Task, bits_per_byte
-from onebit.train.teacher import Teacher, TopK, fingerprint, keep_top_k
+from onebit.train.teacher import ABOUT, Teacher, TopK, fingerprint, keep_top_k
 
 # Below the corpus: a teacher's answers to it.
 ANSWERS = "teacher"
@@ -33,6 +33,7 @@ _FIT_SEQUENCES = 16
 _CHOICES = ("weights", "activations", "scale", "hadamard")
 
 
+@ranks.together()
 def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, resume: bool = False) -> None:
     """Train a student on a folder of text.
 
@@ -64,17 +65,21 @@ def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, r
             f"name it with --teacher, or start another run"
         )
     resumed = state.open_run(recipe, folder if is_made else data, out, resume)
-    corpus = text.prepare(
-        data, folder, source.include, source.vocab_size, source.held_out, source.seq_len, given
+    corpus = ranks.in_turn(
+        lambda: text.prepare(
+            data, folder, source.include, source.vocab_size, source.held_out, source.seq_len, given
+        ),
+        folder / "corpus.json",
     )
     if not resume:
-        # A corpus of its own has made the folder.
-        out.mkdir(parents=True, exist_ok=True)
-        state.start(recipe, out)
+        ranks.first(lambda: state.start(recipe, out))
     answers = None
     if d.cache_logits:
         k = min(d.cache_logits, teacher.config.vocab_size)
-        answers = keep_top_k(folder / ANSWERS, asked, corpus, source.seq_len, k, d.temperature)
+        answers = ranks.in_turn(
+            lambda: keep_top_k(folder / ANSWERS, asked, corpus, source.seq_len, k, d.temperature),
+            folder / ANSWERS / ABOUT,
+        )
     # Of a resumed run the state replaces the first weights.
     student = Transformer(recipe.model) if resumed else first_student(teacher, recipe, corpus)
     task = replace(distillation(recipe, corpus, asked, answers), chat_template=teacher.chat_template)

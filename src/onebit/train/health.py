@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onebit.nn.transformer import Transformer
 from onebit.quant import quantize_weights
+from onebit.train import ranks
 from onebit.train.options import CODES
 
 # A run has diverged when, for so many steps on end, the loss is above the best mean over as many steps by this share of
@@ -102,13 +103,14 @@ def _codes(model: Transformer, extras: dict[str, Tensor]) -> dict[str, list[floa
     flips, zeros, total = [0] * n_layers, [0] * n_layers, [0] * n_layers
     seen = False
     for name in model.linear_weights():
+        master = ranks.whole(masters[name])
         # From 0: the file of the state knows bytes without a sign.
-        codes = (quantize_weights(masters[name], config.weights, config.scale)[0] + 1).to(torch.uint8)
+        codes = (quantize_weights(master, config.weights, config.scale)[0] + 1).to(torch.uint8)
         layer, key = int(name.split(".")[1]), f"{name}.{CODES}"
         if key in extras:
             seen = True
-            flips[layer] += int((codes != extras[key]).sum())
-        extras[key] = codes
+            flips[layer] += int((codes != ranks.whole(extras[key])).sum())
+        extras[key] = ranks.divided(codes, masters[name])
         zeros[layer] += int((codes == 1).sum())
         total[layer] += codes.numel()
     shares = {"zeros": [z / n for z, n in zip(zeros, total, strict=True)]}

@@ -26,14 +26,15 @@ from torch import Tensor
 from onebit.formats.files import naming
 from onebit.nn.transformer import Transformer
 from onebit.train import data as text
-from onebit.train import health, optimizers, options, state
+from onebit.train import health, optimizers, options, ranks, state
 from onebit.train.board import Board
 from onebit.train.pictures import draw
 from onebit.train.recipe import Recipe
-from onebit.train.state import METRICS, STATE
+from onebit.train.state import METRICS
 from onebit.train.task import Task, next_token
 
 
+@ranks.together()
 def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) -> None:
     """Train a recipe on a folder of text.
 
@@ -52,18 +53,22 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
         raise ValueError(f"{out} is the run of a student; go on with: onebit distill --out {out} --resume")
     resumed = state.open_run(recipe, data, out, resume)
     source = recipe.data
-    corpus = text.prepare(
-        data, out / "corpus", source.include, source.vocab_size, source.held_out, source.seq_len
+    corpus = ranks.in_turn(
+        lambda: text.prepare(
+            data, out / "corpus", source.include, source.vocab_size, source.held_out, source.seq_len
+        ),
+        out / "corpus" / "corpus.json",
     )
     if not resume:
         # Bad data has left no trace in the folder.
-        state.start(recipe, out)
+        ranks.first(lambda: state.start(recipe, out))
     end = corpus.end_token
     config = replace(recipe.model, vocab_size=source.vocab_size, bos_token=end, eos_tokens=(end,))
     model = Transformer(config, recipe.seed, learned_scale=recipe.options.learned_scale)
     fit(recipe, next_token(recipe, corpus), model, out, resumed)
 
 
+@ranks.together()
 def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool = False) -> None:
     """Train a model by a recipe on any task.
 
@@ -78,21 +83,23 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
         ValueError: see `train`.
         OSError: a full disk, ...
     """
+    ranks.check(recipe.batch_size, recipe.accumulate)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
+    ranks.shard(model, model.layers, device)
     optim = recipe.optim
     optimizer = optimizers.make(recipe.options.optimizer, optim, model.parameters())
     extras: dict[str, Tensor] = {}
-    first = state.restore(out / STATE, model, optimizer, extras, recipe, task) if resumed else 0
+    saved_in = state.latest(out) if resumed else None
+    first = state.restore(saved_in, model, optimizer, extras, recipe, task) if saved_in else 0
     watch = health.Watch()
-    for past in state.keep_metrics(out / METRICS, first):
+    for past in ranks.first(lambda: state.keep_metrics(out / METRICS, first)):
         if past["step"] >= recipe.options.lambda_steps:
             watch.add(past["loss"])
-    losses = torch.compile(task.losses) if recipe.compile else task.losses
+    losses = ranks.fused(task.losses, model.layers) if recipe.compile else task.losses
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not ranks.is_first())
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
@@ -100,11 +107,12 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     seconds = 0.0
     saved = first
     measured: dict[str, float] = {}
+    path = out / METRICS if ranks.is_first() else Path(os.devnull)
     with ExitStack() as stack:
-        stack.enter_context(naming(out / METRICS))
+        stack.enter_context(naming(path))
         progress = stack.enter_context(Progress(*columns, console=console))
-        metrics = stack.enter_context((out / METRICS).open("a", buffering=1))
-        board = Board(out, first) if recipe.tensorboard else None
+        metrics = stack.enter_context(path.open("a", buffering=1))
+        board = Board(out, first) if recipe.tensorboard and ranks.is_first() else None
         if board:
             stack.callback(board.close)
         bar = progress.add_task(recipe.name, total=recipe.steps, completed=first, note="")
@@ -116,15 +124,18 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
                 group["lr"] = lr
             options.set_rounding(model.rounding, recipe, step, device)
             batch = task.batch(step)
-            arrays = tuple(torch.from_numpy(array).to(device) for array in batch.arrays)
+            arrays = tuple(torch.from_numpy(ranks.mine(array)).to(device) for array in batch.arrays)
             loss = 0.0
             for part in zip(*(array.chunk(recipe.accumulate) for array in arrays), strict=True):
                 with _precision(recipe, device):
                     part_loss = losses(model, *part).sum() / batch.n_losses
-                part_loss.backward()
+                # Gradients of several processes are averaged.
+                (part_loss * ranks.count()).backward()
                 loss += part_loss.item()
+            loss = ranks.total(loss)
             options.regularise(model, recipe.options.l1, recipe.options.l2)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf).item()
+            norm_of_all = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
+            norm = ranks.whole(norm_of_all).item()
             # While rounding sets in the loss may climb: a student begins as its teacher.
             is_watched = step >= recipe.options.lambda_steps
             if not math.isfinite(loss + norm) or (is_watched and watch.add(loss)):
@@ -153,12 +164,13 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
             if board:
                 board.add(record)
             if done or ((step + 1) % recipe.save_every == 0 and not watch.n_high):
-                os.fsync(metrics.fileno())
+                if ranks.is_first():
+                    os.fsync(metrics.fileno())
                 if board:
                     board.flush()
                 state.save(out, model, optimizer, extras, task, recipe, step + 1)
                 saved = step + 1
-            if done or (step + 1) % recipe.evaluate_every == 0:
+            if ranks.is_first() and (done or (step + 1) % recipe.evaluate_every == 0):
                 try:
                     draw(out, task.loss)
                 except Exception as error:
@@ -182,7 +194,9 @@ def _diverged(step: int, loss: float, norm: float, watch: health.Watch, saved: i
     if math.isfinite(loss + norm):
         what = f"step {step}: loss {loss:.4f}, for {watch.n_high} steps above {watch.bound:.4f} (best {watch.best:.4f})"
     kept = (
-        f"{out / STATE} holds the last good state, after {saved} steps" if saved else "no state was saved yet"
+        f"{state.latest(out)} holds the last good state, after {saved} steps"
+        if saved
+        else "no state was saved yet"
     )
     return f"training diverged at {what}; {kept}. Start another run with a lower optim.lr"
 

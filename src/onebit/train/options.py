@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onebit.nn.bitlinear import Rounding
 from onebit.nn.transformer import Transformer
+from onebit.train import ranks
 from onebit.train.recipe import Recipe
 
 # How much of its distance to the target a mean keeps in a step.
@@ -43,8 +44,8 @@ def set_rounding(rounding: Rounding, recipe: Recipe, step: int, device: torch.de
     rounding.temperature = options.noise
     rounding.gradient_limit = options.gradient_limit
     if options.noise:
-        # Each step has random numbers of its own, so a resumed run draws those of the killed one.
-        torch.manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
+        # Each step has random numbers of its own, so a resumed run draws those of the killed one; and each process.
+        torch.manual_seed((recipe.seed * 1_000_003 + step + (ranks.index() << 40)) % 2**63)
 
 
 def regularise(model: Transformer, l1: float, l2: float) -> None:
@@ -79,8 +80,8 @@ def clip(weight: Tensor, multiple: float) -> None:
 
     Signs stay as they are. The scale of the codes, mean|w|, moves with the clipping.
     """
-    limit = multiple * weight.abs().mean()
-    weight.clamp_(-limit, limit)
+    limit = multiple * ranks.whole(weight.abs().mean())
+    ranks.local(weight).clamp_(-limit, limit)
 
 
 def stabilise(weight: Tensor, target: float) -> None:
@@ -91,7 +92,8 @@ def stabilise(weight: Tensor, target: float) -> None:
     The same as dividing by a moving average of mean|w| which is divided along with the weights, so that nothing has to
     be remembered. Codes do not change, as all weights of a matrix move alike.
     """
-    weight.mul_(target / (_STABLE * target + (1 - _STABLE) * weight.abs().mean()))
+    mean = ranks.whole(weight.abs().mean())
+    ranks.local(weight).mul_(target / (_STABLE * target + (1 - _STABLE) * mean))
 
 
 def average(extras: dict[str, Tensor], name: str, value: Tensor, decay: float) -> None:
@@ -108,14 +110,13 @@ def averaged(model: Transformer, extras: dict[str, Tensor]) -> Iterator[None]:
     own = {}
     for name, parameter in model.named_parameters():
         if (key := f"{name}.{EMA}") in extras:
-            own[name] = parameter.data
-            parameter.data = extras[key]
+            own[name] = ranks.put(parameter, extras[key])
     try:
         yield
     finally:
         for name, parameter in model.named_parameters():
             if name in own:
-                parameter.data = own[name]
+                ranks.put(parameter, own[name])
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The folder of a run: what may be resumed, what is saved, and what comes back to the bit.
 
 state.safetensors holds the parameters, what the optimiser remembers of each, and what options and health keep between
-steps; model.safetensors beside it holds the model as others read it.
+steps; of several processes each writes its part, into a folder state-STEP (see shards.py). model.safetensors beside it
+holds the model as others read it.
 """
 
 import json
@@ -13,7 +14,6 @@ from errno import EACCES
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from onebit.checkpoint import Checkpoint
 from onebit.formats import adapter, run, tensors
 from onebit.formats.files import write_file
 from onebit.nn.transformer import Transformer
-from onebit.train import board, options
+from onebit.train import board, options, ranks, shards
 from onebit.train import data as text
 from onebit.train.optimizers import MOMENTS
 from onebit.train.recipe import Recipe, differences, read
@@ -36,7 +36,8 @@ def open_run(recipe: Recipe, data: Path | None, out: Path, resume: bool) -> bool
     """Check that the folder may be used; return whether there is a state to restore.
 
     Raises:
-        ValueError: a run that is already there, none to resume, or one of another recipe.
+        ValueError: a run that is already there, none to resume, one of another recipe, or a batch that cannot be
+            divided among the processes.
         OSError: the folder of texts is missing.
     """
     resumed = open_folder(recipe, out, read(out / run.RECIPE) if resume else None)
@@ -59,6 +60,7 @@ def open_folder(recipe: Recipe, out: Path, before: Recipe | None) -> bool:
         ValueError: see `open_run`; also a model whose state is gone, or no tensorboard where the recipe asks for it.
         OSError: the folder cannot be written.
     """
+    ranks.check(recipe.batch_size, recipe.accumulate)
     if recipe.tensorboard:
         board.library()
     at = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -74,13 +76,27 @@ def open_folder(recipe: Recipe, out: Path, before: Recipe | None) -> bool:
         raise ValueError(
             f"{out}: {'; '.join(differ)}. Resume with the values of the run (leave --set out), or start another run"
         )
-    has_state = (out / STATE).exists()
+    has_state = latest(out) is not None
     if not has_state and any((out / name).exists() for name in (run.MODEL, adapter.MODEL)):
         # To begin again would write over what was learned.
         raise ValueError(f"{out} holds a model, but no {STATE} to go on from; start another run")
     if recipe != before:
-        start(recipe, out)
+        ranks.first(lambda: start(recipe, out))
     return has_state
+
+
+def latest(out: Path) -> Path | None:
+    """The state to resume from: the file of one process or the folder of several, whichever has come further.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path, folder = out / STATE, shards.latest(out)
+    if folder is None or not path.exists():
+        return folder or (path if path.exists() else None)
+    with tensors.named(path):
+        header, _ = tensors.split_header(tensors.map_file(path))
+        return path if _step(header["__metadata__"]) >= shards.step_of(folder) else folder
 
 
 def start(recipe: Recipe, out: Path) -> None:
@@ -110,34 +126,50 @@ def save(
         "steps": step,
         "tokens": step * task.tokens_per_step,
     }
-    state = {name: _array(p) for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
-        state |= {f"{name}.{key}": _array(moments[key]) for key in MOMENTS[recipe.options.optimizer]}
-    state |= {name: _array(tensor) for name, tensor in extras.items()}
-    for name, array in state.items():
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"training diverged: after {step} steps {name} holds NaN or infinity; what was saved before stays. "
-                f"Start another run with a lower optim.lr"
-            )
-    checkpoint = None
+        state |= {f"{name}.{key}": moments[key] for key in MOMENTS[recipe.options.optimizer]}
+    state |= extras
+    broken = next((name for name, t in state.items() if not torch.isfinite(ranks.local(t)).all()), None)
+    if ranks.total(float(broken is not None)):
+        raise ValueError(
+            f"training diverged: after {step} steps {broken or 'a part of another process'} holds NaN or infinity; "
+            f"what was saved before stays. Start another run with a lower optim.lr"
+        )
+    checkpoints: list[Checkpoint] = []
     if task.write is None:
+        weights = {}
         with options.averaged(model, extras):
-            weights = {name: _array(w) for name, w in model.masters().items()}
+            for name, w in model.masters().items():
+                full = ranks.whole(w)
+                if ranks.is_first():
+                    weights[name] = _array(full)
+
+        def make() -> None:
+            checkpoints.append(
+                Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
+            )
+
         # Made before anything is written, as it may refuse them.
-        checkpoint = Checkpoint(model.config, {**weights}, task.tokenizer, task.chat_template, provenance)
-    checksum = zlib.crc32(str(step).encode())
-    for array in state.values():
-        checksum = zlib.crc32(tensors.raw(array), checksum)
-    about = {"step": str(step), "crc32": str(checksum)} | _sources(task)
-    tensors.write(out / STATE, about, state)
-    if checkpoint is not None:
-        run.write(checkpoint, out)
+        ranks.first(make)
+    about = {"step": str(step)} | _sources(task)
+    if ranks.count() > 1:
+        shards.write(out, step, state, about)
+        ranks.first(lambda: (out / STATE).unlink(missing_ok=True))
+    else:
+        arrays = {name: _array(tensor) for name, tensor in state.items()}
+        checksum = zlib.crc32(str(step).encode())
+        for array in arrays.values():
+            checksum = zlib.crc32(tensors.raw(array), checksum)
+        tensors.write(out / STATE, about | {"crc32": str(checksum)}, arrays)
+        shards.remove(out, keep=None)
+    if task.write is None:
+        ranks.first(lambda: run.write(checkpoints[0], out))
         return
-    assert task.write is not None
-    with options.averaged(model, extras):
-        task.write(model, provenance, out)
+    with options.averaged(model, extras), ranks.gathered(model):
+        write = task.write
+        ranks.first(lambda: write(model, provenance, out))
 
 
 def restore(
@@ -154,26 +186,31 @@ def restore(
         ValueError: a damaged file, one of another model, or other data than that of the run.
     """
     keys = MOMENTS[recipe.options.optimizer]
+    parameters = dict(model.named_parameters())
+    # What is kept of a parameter: itself, and more under longer names.
+    owners = parameters | {
+        f"{name}.{key}": parameter
+        for name, parameter in parameters.items()
+        for key in (*keys, *options.extra_keys(recipe))
+    }
+    needed = {*parameters, *(f"{name}.{key}" for name in parameters for key in keys)}
     with tensors.named(path):
-        header, contents = tensors.split_header(tensors.map_file(path))
-        state = {name: torch.from_numpy(a.copy()) for name, a in tensors.views(header, contents).items()}
-        about = header["__metadata__"]
-        text = about.get("step", "")
-        step = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
-        shapes = {n: p.shape for n, p in model.named_parameters()}
-        expected = {
-            f"{n}{k}": shape for n, shape in shapes.items() for k in ("", *(f".{key}" for key in keys))
-        }
-        kept = {name: a for name, a in state.items() if name not in expected}
-        found = {name: a.shape for name, a in state.items() if name in expected}
-        extra_names = {f"{n}.{key}" for n in shapes for key in options.extra_keys(recipe)}
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        if path.is_dir():
+            about, shapes = shards.about(path), shards.shapes(path)
+        else:
+            header, contents = tensors.split_header(tensors.map_file(path))
+            about, arrays = header["__metadata__"], tensors.views(header, contents)
+            shapes = {name: a.shape for name, a in arrays.items()}
+        step = _step(about)
         # Of the extras, codes exist from their first measurement on.
-        fits = all(
-            name in extra_names and a.shape == shapes[name.rpartition(".")[0]] for name, a in kept.items()
-        )
-        if found != expected or not fits or not 0 <= step <= recipe.steps:
+        fits = needed <= shapes.keys() <= owners.keys()
+        fits = fits and all(shape == owners[name].shape for name, shape in shapes.items())
+        if not fits or not 0 <= step <= recipe.steps:
             raise ValueError("not the state of this recipe's model; the file is damaged")
-        if "crc32" in about and about["crc32"] != str(zlib.crc32(contents.data, zlib.crc32(text.encode()))):
+        if "crc32" in about and about["crc32"] != str(
+            zlib.crc32(contents.data, zlib.crc32(str(step).encode()))
+        ):
             raise ValueError("its checksum is not that of its bytes; the file is damaged: start another run")
         for name, value in _sources(task).items():
             if about.get(name, value) != value:
@@ -181,14 +218,17 @@ def restore(
                     f"the data is not that of the run ({name} {about[name][:16]} in the run, {value[:16]} now); "
                     f"give that back, or start another run"
                 )
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(state[name])
+        if path.is_dir():
+            state = shards.read(path, {name: owners[name] for name in shapes})
+        else:
+            state = {n: ranks.divided(torch.from_numpy(a.copy()), owners[n]) for n, a in arrays.items()}
+    for name, parameter in parameters.items():
+        parameter.detach().copy_(state[name])
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step), device=parameter.device),
-            **{key: state[f"{name}.{key}"].to(parameter.device) for key in keys},
+            **{key: state[f"{name}.{key}"] for key in keys},
         }
-    device = next(model.parameters()).device
-    extras |= {name: tensor.to(device) for name, tensor in kept.items()}
+    extras |= {name: tensor for name, tensor in state.items() if name not in needed}
     return step
 
 
@@ -221,6 +261,11 @@ def keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
 def _sources(task: Task) -> dict[str, str]:
     """What names the data of a task."""
     return {name: str(value) for name, value in task.provenance.items() if name.endswith("_sha256")}
+
+
+def _step(about: dict[str, str]) -> int:
+    text = about.get("step", "")
+    return int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

@@ -25,6 +25,7 @@ from onebit.checkpoint import BLOCK_ROWS, Checkpoint, rows
 from onebit.formats.files import write_file
 from onebit.nn.transformer import States, Transformer
 from onebit.packing import Float32
+from onebit.train import ranks
 from onebit.train.data import Corpus
 from onebit.train.student import to_master
 
@@ -147,7 +148,7 @@ def keep_top_k(
     kept = _open(folder, len(corpus.token_bytes), n_sequences * seq_len, k, is_new=done == 0)
     device = next(teacher.model.parameters()).device
     at_once, noted = max(1, STEP_TOKENS // seq_len), done
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True, quiet=not ranks.is_first())) as progress:
         bar = progress.add_task("teacher", total=n_sequences, completed=done)
         while done < n_sequences:
             end = min(done + at_once, n_sequences)

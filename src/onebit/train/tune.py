@@ -27,7 +27,7 @@ from onebit.formats import run
 from onebit.formats.adapter import MAX_RANK, TARGETS
 from onebit.nn import lora
 from onebit.nn.transformer import Transformer
-from onebit.train import chat, state
+from onebit.train import chat, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.recipe import Data, Options, Recipe, override
@@ -144,6 +144,7 @@ def read(path: Path) -> TuneRecipe:
         ) from None
 
 
+@ranks.together()
 def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
     """Tune a model.
 
@@ -166,8 +167,8 @@ def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
     checkpoint, tokenizer = _base(recipe.base, recipe.full)
     model = _model(checkpoint, recipe)
     if not resume:
-        state.start(recipe, out)
-    console = Console(stderr=True)
+        ranks.first(lambda: state.start(recipe, out))
+    console = Console(stderr=True, quiet=not ranks.is_first())
     console.print(_summary(examples), highlight=False, soft_wrap=True)
     task = answers(recipe, examples, checkpoint, out)
     fit(recipe, task, model, out, resumed)
