@@ -180,14 +180,16 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_bit(start, 
 
 
 def test_damaged_shards_are_named(two, texts, tmp_path):
-    for damage in ("cut", "deleted", "other"):
+    for damage in ("cut", "deleted", "other", "about"):
         out = tmp_path / damage
         shutil.copytree(two, out)
-        first, second = sorted((out / "state-10").iterdir())
+        first, second = sorted((out / "state-10").glob("*.safetensors"))
         if damage == "cut":
             second.write_bytes(second.read_bytes()[:-100])
         elif damage == "deleted":
             first.unlink()
+        elif damage == "about":
+            (out / "state-10" / "about.json").write_text('["step"]')
         else:
             (out / "state-10").rename(out / "state-12")
         with pytest.raises(ValueError, match=r"state-1[02]: .*(damaged|deleted)"):

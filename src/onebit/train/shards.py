@@ -43,7 +43,7 @@ def write(out: Path, step: int, state: Mapping[str, Tensor], about: dict[str, st
         out: run folder.
         step: steps that were done.
         state: tensors, divided among the processes.
-        about: what is written beside them.
+        about: what is written beside them, the step among it.
 
     Raises:
         OSError: the disk is full, ...; the older folder stays.
@@ -90,6 +90,8 @@ def about(folder: Path) -> dict[str, str]:
         found = json.loads((folder / ABOUT).read_bytes())
         if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
             raise ValueError("expected texts by name")
+        if found.get("step") != str(step_of(folder)):
+            raise ValueError(f"expected step {step_of(folder)}, that of the folder")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{ABOUT} is damaged ({error})") from None
     return found

@@ -129,7 +129,9 @@ def save(
     state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
-        state |= {f"{name}.{key}": moments[key] for key in MOMENTS[recipe.options.optimizer]}
+        # What has had no gradient yet is not remembered yet.
+        nothing = torch.zeros_like(parameter.detach())
+        state |= {f"{name}.{key}": moments.get(key, nothing) for key in MOMENTS[recipe.options.optimizer]}
     state |= extras
     broken = next((name for name, t in state.items() if not torch.isfinite(ranks.local(t)).all()), None)
     if ranks.total(float(broken is not None)):
