@@ -77,14 +77,15 @@ def workloads(draw):
     }
 
 
-def run(jobs, n_blocks, budget, guesses=None, after_step=lambda *_: None, kind=Memory, **options):
+def run(jobs, n_blocks, budget, guesses=None, after_step=None, keeps=False, **options):
     """Run a workload as an engine would; returns the jobs, the number of steps, and the pool.
 
-    With a seed of guesses each step offers drafts, of which a random part turns out right.
+    With a seed of guesses each step offers drafts, of which a random part turns out right. after_step gets the
+    scheduler, the batch, and if it is kept the scheduler before it.
     """
     rng = random.Random(guesses)
     pool = BlockPool(n_blocks, BLOCK_TOKENS)
-    scheduler = kind(pool, budget, **options)
+    scheduler = Memory(pool, budget, **options)
     arrivals = [(step, Job(*job)) for step, *job in jobs]
     waiting = list(arrivals)
     steps = 0
@@ -93,9 +94,10 @@ def run(jobs, n_blocks, budget, guesses=None, after_step=lambda *_: None, kind=M
             scheduler.add(waiting.pop(0)[1])
         for job in scheduler.requests if guesses is not None else []:
             job.drafts = [0] * rng.randint(0, max(job.n_total - len(job.tokens) - 1, 0))
-        before = deepcopy(scheduler)
+        before = deepcopy(scheduler) if keeps else None
         batch = scheduler.schedule()
-        after_step(scheduler, batch, before)
+        if after_step:
+            after_step(scheduler, batch, before)
         for part in [part for part in batch if part.is_last]:
             job = part.request
             job.reads_all = False
@@ -185,7 +187,7 @@ def test_a_text_that_grows_waits_for_memory_alone(workload):
             has_room = len(request.blocks) * BLOCK_TOKENS >= len(request.tokens)
             assert not (grows and has_room) or id(request) in served
 
-    run(**workload, after_step=check)
+    run(**workload, after_step=check, keeps=True)
 
 
 @given(workloads())
@@ -200,7 +202,7 @@ def test_drafts_take_nothing_from_anybody(workload):
             (scheduler.requests.index(part.request), part.start, part.stop) for part in batch
         ]
 
-    run(**workload, after_step=check)
+    run(**workload, after_step=check, keeps=True)
 
 
 @pytest.mark.parametrize(("prefix_cache", "starts"), [(True, [0, 8, 8]), (False, [0, 0, 0])])
