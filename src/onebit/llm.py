@@ -318,18 +318,27 @@ class LLM:
         # The mean has the direction of the sum.
         return (total_D / (np.linalg.norm(total_D) or 1.0)).astype(np.float32)
 
-    def engine(self, n_blocks: int, prefix_cache: bool = True, max_num_seqs: int | None = None) -> Engine:
+    def engine(
+        self,
+        n_blocks: int,
+        prefix_cache: bool = True,
+        max_num_seqs: int | None = None,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+    ) -> Engine:
         """An engine of one's own, to which texts can be added at any time.
 
         Args:
             n_blocks: of BLOCK_TOKENS tokens, in its cache.
             prefix_cache: compute the first tokens that texts have in common once.
             max_num_seqs: most texts at once; None: as many as the cache holds.
+            max_step_tokens: most tokens in one step: with fewer, prompts are read more slowly, and texts that grow wait
+                less for them.
         """
         return Engine(
             self.model,
             self._tokenizer,
             n_blocks,
+            max_step_tokens,
             speculation=self._speculation,
             kv_cache=self.kv_cache,
             prefix_cache=prefix_cache,

@@ -180,9 +180,10 @@ def test_a_step_that_fails_ends_its_texts_and_frees_their_blocks():
         return 7
 
     engine = Engine(tiny.FakeModel(next_token), None, n_blocks=4)
-    engine.add([1, 2], SamplingParams(max_tokens=20, temperature=0))
-    with pytest.raises(ValueError, match="no number"):
+    request = engine.add([1, 2], SamplingParams(max_tokens=20, temperature=0))
+    with pytest.raises(ValueError, match="no number") as error:
         list(engine.run())
+    assert (request.finish_reason, request.error) == ("error", error.value)
     assert engine.pool.n_free == engine.pool.n_blocks
     assert list(engine.run()) == []
 
