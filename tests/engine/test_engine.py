@@ -383,8 +383,9 @@ def test_texts_wait_for_their_turn():
     engine.step()
     assert (engine.stats.running, engine.stats.waiting, engine.stats.blocks_used) == (2, 3, 2)
     assert len([step for step in engine.run() if step.is_last]) == 5
-    with pytest.raises(ValueError, match="max_num_seqs is 0; expected at least 1"):
-        make(mixed, max_num_seqs=0)
+    for name in ("n_blocks", "max_step_tokens", "max_num_seqs"):
+        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+            make(mixed, **{name: 0})
 
 
 class Alternating:

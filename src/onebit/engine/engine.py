@@ -156,7 +156,7 @@ class Engine:
         max_num_seqs: most texts at once; more wait. None: as many as the cache holds.
 
     Raises:
-        ValueError: max_num_seqs below 1.
+        ValueError: n_blocks, max_step_tokens or max_num_seqs below 1.
     """
 
     def __init__(
@@ -170,8 +170,10 @@ class Engine:
         prefix_cache: bool = True,
         max_num_seqs: int | None = None,
     ) -> None:
-        if max_num_seqs is not None and max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}; expected at least 1, or None")
+        limits = {"n_blocks": n_blocks, "max_step_tokens": max_step_tokens, "max_num_seqs": max_num_seqs}
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}; expected at least 1")
         self.pool = BlockPool(n_blocks, BLOCK_TOKENS)
         self._model = model
         self._tokenizer = tokenizer
