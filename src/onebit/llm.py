@@ -29,8 +29,8 @@ from onebit.engine.engine import (
     count_positions,
 )
 from onebit.engine.memory import KV_FORMATS, available_bytes, in_huge_pages, position_bytes
-from onebit.engine.model import BLOCK_TOKENS, Float32, Model
-from onebit.engine.sampling import SamplingParams
+from onebit.engine.model import BLOCK_TOKENS, Float32, Int32, KvCache, Model
+from onebit.engine.sampling import SamplingParams, TokenLogprobs
 from onebit.engine.speculation import Speculation
 from onebit.engine.tokenizer import Tokenizer
 from onebit.formats import adapter as adapter_format
@@ -88,6 +88,8 @@ class Output:
         usage: tokens read and generated.
         timings: of this text; those of one list run together.
         seed: repeats the text.
+        logprobs: how likely each token of the text was, if asked for; else empty.
+        prompt_logprobs: the same for the prompt, with None for its first token.
     """
 
     text: str
@@ -96,6 +98,8 @@ class Output:
     usage: Usage
     timings: Timings
     seed: int
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs | None]
 
 
 class Piece(NamedTuple):
@@ -285,20 +289,72 @@ class LLM:
         Raises:
             ValueError: a prompt that is too long or holds unknown ids.
         """
-        tokens = self._encode(prompt)
+        which = np.array([self._adapter(adapter)], np.int32)
+        return np.concatenate(
+            [self.model.forward(*call, adapters=which) for call in self._read(self._encode(prompt))]
+        )
+
+    def embed(self, prompt: Prompt, adapter: str | None = None) -> Float32:
+        """A direction that stands for a text: the mean of the hidden states that the head would read, of length 1.
+
+            h = mean over tokens of norm(x)         embedding = h / |h|
+
+        The same text gives the same bits, whatever runs beside it.
+
+        Args:
+            prompt: a text or token ids.
+            adapter: name of the adapter to run with, or None.
+
+        Returns:
+            float32 [D].
+
+        Raises:
+            ValueError: a prompt that is too long or holds unknown ids.
+        """
+        which = np.array([self._adapter(adapter)], np.int32)
+        total_D = np.zeros(self.config.d_model)
+        for call in self._read(self._encode(prompt)):
+            total_D += self.model.forward_hidden(*call, which).sum(axis=0, dtype=np.float64)
+        # The mean has the direction of the sum.
+        return (total_D / (np.linalg.norm(total_D) or 1.0)).astype(np.float32)
+
+    def engine(
+        self,
+        n_blocks: int,
+        prefix_cache: bool = True,
+        max_num_seqs: int | None = None,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+    ) -> Engine:
+        """An engine of one's own, to which texts can be added at any time.
+
+        Args:
+            n_blocks: of BLOCK_TOKENS tokens, in its cache.
+            prefix_cache: compute the first tokens that texts have in common once.
+            max_num_seqs: most texts at once; None: as many as the cache holds.
+            max_step_tokens: most tokens in one step: with fewer, prompts are read more slowly, and texts that grow wait
+                less for them.
+        """
+        return Engine(
+            self.model,
+            self._tokenizer,
+            n_blocks,
+            max_step_tokens,
+            speculation=self._speculation,
+            kv_cache=self.kv_cache,
+            prefix_cache=prefix_cache,
+            max_num_seqs=max_num_seqs,
+        )
+
+    def _read(self, tokens: list[int]) -> Iterator[tuple[Int32, Int32, Int32, Int32, Int32, KvCache]]:
+        """The calls of the model that read a text alone, with a row for every token."""
         check_tokens(self.config, tokens)
         n_blocks = -(-len(tokens) // BLOCK_TOKENS)
         cache = self.model.new_cache(n_blocks, self.kv_cache)
-        which = np.array([self._adapter(adapter)], np.int32)
         table = np.arange(n_blocks, dtype=np.int32).reshape(1, -1)
-        chunks = []
         for start in range(0, len(tokens), MAX_STEP_TOKENS):
             ids = np.array(tokens[start : start + MAX_STEP_TOKENS], np.int32)
             rows = np.arange(len(ids), dtype=np.int32)
-            ends = np.array([0, len(ids)], np.int32)
-            at = rows + np.int32(start)
-            chunks.append(self.model.forward(ids, at, ends, table, rows, cache, adapters=which))
-        return np.concatenate(chunks)
+            yield ids, rows + np.int32(start), np.array([0, len(ids)], np.int32), table, rows, cache
 
     def _begin(
         self, prompts: Sequence[Prompt], params: SamplingParams, adapters: Sequence[str | None]
@@ -307,6 +363,10 @@ class LLM:
         if len(which) != len(prompts):
             raise ValueError(
                 f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each"
+            )
+        if params.grammar is not None and len(prompts) > 1:
+            raise ValueError(
+                f"a grammar follows one text, and there are {len(prompts)} prompts; give them one by one"
             )
         encoded = [self._encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
@@ -317,13 +377,7 @@ class LLM:
                 f"{available / 1e9:.1f} GB of memory are available: lower max_tokens or shorten the prompt"
             )
         n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
-        engine = Engine(
-            self.model,
-            self._tokenizer,
-            max(n_blocks, 1),
-            speculation=self._speculation,
-            kv_cache=self.kv_cache,
-        )
+        engine = self.engine(max(n_blocks, 1))
         pairs = zip(encoded, which, strict=True)
         return engine, [engine.add(tokens, params, adapter) for tokens, adapter in pairs]
 
@@ -411,7 +465,9 @@ def _pieces(engine: Engine, request: Generation) -> Iterator[Piece]:
 
 
 def _output(request: Generation) -> Output:
-    assert request.finish_reason
+    if request.error:
+        raise request.error
+    assert request.finish_reason and request.finish_reason != "error"
     tokens = request.generated
     first = request.first_token_s - request.started_s
     total = request.last_token_s - request.started_s
@@ -430,4 +486,6 @@ def _output(request: Generation) -> Output:
             accepted=request.accepted,
         ),
         seed=request.seed,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
     )
