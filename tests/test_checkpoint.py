@@ -17,6 +17,7 @@ VARIANTS = [
     {"scale": 16, "sub_norm": False},
     {"weights": "b1", "activations": "a4"},
     {"weights": "b1", "scale": 16},
+    {"layer_weights": ("b1", "b1.58")},
 ]
 NAME = "layers.0.q.weight"
 
@@ -39,7 +40,8 @@ def test_quantize_holds_the_codes_and_scales_of_quant(changes):
             assert tensor is w
             continue
         if config.is_linear(name):
-            codes, scale = quant.quantize_weights(w, config.weights, config.scale)
+            scheme = {"0": "b1", "1": "b1.58"}[name.split(".")[1]] if config.layer_weights else config.weights
+            codes, scale = quant.quantize_weights(w, scheme, config.scale)
         else:
             codes, scale = quant.quantize_rows(w, 8)
             assert tensor.encoding == "q8"
@@ -59,6 +61,25 @@ def test_layouts_hold_the_same_model():
         assert all(np.array_equal(a, b) for a, b in pairs)
         assert np.array_equal(dequantize(t80).tensors[name], dequantize(r64).tensors[name])
     assert quantize(r64) is r64
+
+
+def test_a_layout_is_that_of_the_layers_it_fits():
+    def layouts(checkpoint):
+        return [checkpoint.tensors[f"layers.{i}.q.weight"].encoding for i in range(2)]
+
+    master = tiny.master(tiny.config(layer_weights=("b1", "b1.58")))
+    packed = quantize(master)
+    assert layouts(packed) == ["b128", "t80"]
+    assert layouts(quantize(packed, "r64")) == layouts(quantize(master, "r64")) == ["b128", "r64"]
+    assert layouts(quantize(packed, "b128")) == ["b128", "t80"]
+    assert set(code_histogram(packed)) == {-1, 0, 1}
+    with pytest.raises(
+        ValueError, match="'bf16' cannot hold b1 and b1.58 weights; expected b128 or t80 or r64"
+    ):
+        quantize(packed, "bf16")
+    uniform = quantize(tiny.master())
+    with pytest.raises(ValueError, match=r"layers.0.q.weight has encoding 't80'; expected b128"):
+        replace(uniform, config=packed.config)
 
 
 def test_dequantize_leaves_a_master_as_it_is():

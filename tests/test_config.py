@@ -16,6 +16,8 @@ from onebit.config import ModelConfig, RopeScaling
         ({"activations": "a15"}, "W1.58A15KV16"),
         ({"weights": "b1", "activations": "a1"}, "W1A1KV16"),
         ({"weights": "dense", "activations": "none"}, "W16A16KV16"),
+        ({"layer_weights": ("b1.58", "b1")}, "W1.29A8KV16"),
+        ({"n_layers": 12, "layer_weights": ("b1.58", *["b1"] * 11)}, "W1.05A8KV16"),
     ],
 )
 def test_label_names_every_width(changes, label):
@@ -58,6 +60,7 @@ def test_linear_layers_are_told_from_the_rest():
         {},
         {"scale": "row"},
         {"scale": 16},
+        {"weights": "b1", "layer_weights": ("b1.58", "b1")},
         {"eos_tokens": (1, 2), "bos_token": 3},
         {"rope_scaling": RopeScaling("yarn", 4.0, 48, attention_factor=1.1)},
     ],
@@ -80,6 +83,16 @@ def test_json_round_trip(changes):
         ({"activation": "gelu"}, "activation is 'gelu'; expected one of silu, relu2"),
         ({"weights": ["b1"]}, "expected one of b1.58, b1, dense"),
         ({"activations": "a2"}, "expected one of a15, a8, a4.8, a4, a1, none"),
+        ({"layer_weights": ("b1.58", "b2")}, "expected b1.58 or b1 for each layer"),
+        ({"layer_weights": ("dense", "b1")}, "dense layers do not mix with others, whose inputs are rounded"),
+        ({"layer_weights": (["b1"], "b1.58")}, "expected b1.58 or b1 for each layer"),
+        ({"layer_weights": ["b1", "b1.58"]}, "expected b1.58 or b1 for each layer"),
+        ({"layer_weights": ("b1", "b1.58", "b1")}, "has 3 schemes; expected one for each of 2 layers"),
+        ({"layer_weights": ("b1", "b1")}, "all of layer_weights are b1; expected two schemes, or weights b1"),
+        (
+            {"layer_weights": ("b1", "b1.58"), "weights": "dense", "activations": "none"},
+            "layer_weights with weights dense; expected weights b1.58 or b1",
+        ),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "expected a positive number"),
@@ -111,6 +124,8 @@ def test_unknown_and_missing_fields_are_named():
         ModelConfig.from_dict(values)
     with pytest.raises(ValueError, match="eos_tokens is 5; expected a list"):
         ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"eos_tokens": 5})
+    with pytest.raises(ValueError, match="layer_weights is 'b1'; expected a list of schemes"):
+        ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"layer_weights": "b1"})
 
 
 # theta, d_head, rope_scaling as in config.json; its attention factor and 8 of its frequencies, evenly spread, by
@@ -192,6 +207,15 @@ def test_a_config_without_scaling_does_not_mention_it():
 def test_scalings_that_cannot_be_served_are_refused(scaling, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(tiny.CONFIG.to_dict() | {"rope_scaling": scaling})
+
+
+def test_each_block_has_the_scheme_of_its_place():
+    table = ("b1", "b1.58", "b1", "b1.58", *["b1"] * 7)
+    config = tiny.config(n_layers=11, layer_weights=table)
+    assert [config.weights_of(f"layers.{i}.q.weight") for i in range(11)] == list(table)
+    assert config.weights_of("embed.weight") == "b1.58"
+    assert tiny.config(weights="b1").weights_of("layers.1.up.weight") == "b1"
+    assert "layer_weights" not in tiny.CONFIG.to_dict()
 
 
 def test_rotated_inputs_need_powers_of_two_and_are_written_only_where_they_are():

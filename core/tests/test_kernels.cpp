@@ -279,7 +279,7 @@ void test_dot_bf16() {
   for (const int k : kSizes) {
     const std::vector<float> x = random.values(k);
     const int ldw = k + 3;
-    for (const int n : {1, 3, 4, 5, 9}) {
+    for (const int n : {1, 3, 4, 5, 9, 16, 38}) {
       const std::vector<std::uint16_t> w = random.halves(n * ldw);
       compare<float>("dot_bf16", k, n, n,
                      [&](const Kernels& table, float* y) { table.dot_bf16(w.data(), ldw, x.data(), n, k, y); });

@@ -17,9 +17,7 @@ using namespace onebit;
 
 constexpr int kVocab = 97;
 constexpr int kLayers = 2;
-constexpr int kHeads = 6;
 constexpr int kKvHeads = 2;
-constexpr int kHead = 24;
 constexpr int kBlocks = 5;
 
 enum class HeadKind { kQ8, kBf16, kCodes };
@@ -34,10 +32,14 @@ struct Case {
   bool norms_and_biases;
   int group;  // inputs that share a scale, or 0
   std::uint64_t hash;
+  bool a4_8 = false;  // o and down differ from the others
+  bool hadamard = false;
 
-  // Widths that need padding, or hold whole groups.
+  // Widths that need padding, or hold whole groups, or are powers of two.
   int d_model() const { return group ? 96 : 72; }
-  int d_ff() const { return group ? 192 : 200; }
+  int d_ff() const { return hadamard ? 128 : group ? 192 : 200; }
+  int n_heads() const { return hadamard ? 4 : 6; }
+  int d_head() const { return hadamard ? 16 : 24; }
 };
 
 constexpr Case kCases[] = {
@@ -63,6 +65,15 @@ constexpr Case kCases[] = {
      0xc2cf5c4f156b565a},
     {Encoding::kR64, FfnActivation::kRelu2, Activations::kA15, true, HeadKind::kBf16, KvFormat::kBf16, false, 48,
      0xc71146914ad6210b},
+    // Inputs that differ by layer, and rotated ones.
+    {Encoding::kT80, FfnActivation::kRelu2, Activations::kA4, true, HeadKind::kQ8, KvFormat::kBf16, false, 0,
+     0x17266635a1b94cc8, true},
+    {Encoding::kB128, FfnActivation::kSilu, Activations::kA4, false, HeadKind::kBf16, KvFormat::kInt8, true, 48,
+     0xc5aa1df0cb255d20, true},
+    {Encoding::kR64, FfnActivation::kRelu2, Activations::kA4, true, HeadKind::kQ8, KvFormat::kBf16, false, 0,
+     0x27c1bb18b1c64f59, false, true},
+    {Encoding::kT80, FfnActivation::kSilu, Activations::kA4, false, HeadKind::kQ8, KvFormat::kFp8, false, 0,
+     0xc1511997bbbfa38b, true, true},
 };
 
 // A model of random bytes, which mean the same everywhere, and the memory that it borrows.
@@ -72,18 +83,19 @@ class RandomModel {
     const int d_model = what.d_model();
     const int d_ff = what.d_ff();
     for (int layer = 0; layer < kLayers; ++layer) {
-      constexpr int kWidth = kHeads * kHead;
+      const int width = what.n_heads() * what.d_head();
+      const int kv_width = kKvHeads * what.d_head();
       weights_.layers.push_back({.attn_norm = gains(d_model),
-                                 .attn_sub_norm = what.sub_norm ? gains(kWidth) : nullptr,
-                                 .q_norm = what.norms_and_biases ? gains(kHead) : nullptr,
-                                 .k_norm = what.norms_and_biases ? gains(kHead) : nullptr,
-                                 .q = linear(kWidth, d_model),
-                                 .k = linear(kKvHeads * kHead, d_model),
-                                 .v = linear(kKvHeads * kHead, d_model),
-                                 .o = linear(d_model, kWidth),
-                                 .q_bias = what.norms_and_biases ? gains(kWidth) : nullptr,
-                                 .k_bias = what.norms_and_biases ? gains(kKvHeads * kHead) : nullptr,
-                                 .v_bias = what.norms_and_biases ? gains(kKvHeads * kHead) : nullptr,
+                                 .attn_sub_norm = what.sub_norm ? gains(width) : nullptr,
+                                 .q_norm = what.norms_and_biases ? gains(what.d_head()) : nullptr,
+                                 .k_norm = what.norms_and_biases ? gains(what.d_head()) : nullptr,
+                                 .q = linear(width, d_model),
+                                 .k = linear(kv_width, d_model),
+                                 .v = linear(kv_width, d_model),
+                                 .o = linear(d_model, width),
+                                 .q_bias = what.norms_and_biases ? gains(width) : nullptr,
+                                 .k_bias = what.norms_and_biases ? gains(kv_width) : nullptr,
+                                 .v_bias = what.norms_and_biases ? gains(kv_width) : nullptr,
                                  .ffn_norm = gains(d_model),
                                  .ffn_sub_norm = what.sub_norm ? gains(d_ff) : nullptr,
                                  .gate = linear(d_ff, d_model),
@@ -98,7 +110,7 @@ class RandomModel {
       weights_.head.bf16 = halves_.emplace_back(random_.halves(kVocab * pad_inputs(d_model))).data();
       weights_.head.bounds = gains(2 * kVocab);
     }
-    for (int i = 0; i < kHead / 2; ++i) weights_.inv_freq.push_back(1.0f / static_cast<float>(1 + i * i));
+    for (int i = 0; i < what.d_head() / 2; ++i) weights_.inv_freq.push_back(1.0f / static_cast<float>(1 + i * i));
     // Drawn last, so that models without adapters stay as they were.
     adapters_ = {adapter(5, 1, 2, true), adapter(17, 3, 1, false)};
   }
@@ -108,23 +120,23 @@ class RandomModel {
     const ModelConfig config = {.vocab_size = kVocab,
                                 .d_model = case_.d_model(),
                                 .n_layers = kLayers,
-                                .n_heads = kHeads,
+                                .n_heads = case_.n_heads(),
                                 .n_kv_heads = kKvHeads,
-                                .d_head = kHead,
+                                .d_head = case_.d_head(),
                                 .d_ff = case_.d_ff(),
                                 .max_seq_len = 128,
                                 .rope_attention_factor = 1.0,
                                 .norm_eps = 1e-5f,
                                 .activation = case_.activation,
                                 .activations = case_.activations,
-                                .o_activations = case_.activations,
-                                .down_activations = case_.activations,
-                                .hadamard = false,
+                                .o_activations = case_.a4_8 ? Activations::kA8Half : case_.activations,
+                                .down_activations = case_.a4_8 ? Activations::kA8 : case_.activations,
+                                .hadamard = case_.hadamard,
                                 .sub_norm = case_.sub_norm,
                                 .qk_norm = case_.norms_and_biases,
                                 .qkv_bias = case_.norms_and_biases};
     Model model(config, weights_, kernels, n_threads, is_adapted ? adapters_ : std::vector<Adapter>{});
-    KvCache cache(case_.cache, kLayers, kKvHeads, kHead, kBlocks);
+    KvCache cache(case_.cache, kLayers, kKvHeads, case_.d_head(), kBlocks);
     std::vector<float> all;
     step(model, cache, {{0, 70}, {0, 1}, {0, 9}}, is_adapted, all);
     step(model, cache, {{70, 3}, {1, 1}, {9, 0}}, is_adapted, all);
@@ -170,8 +182,8 @@ class RandomModel {
 
   // A and B of so many planes, for all layers or some.
   Adapter adapter(int rank, int a_planes, int b_planes, bool is_whole) {
-    const int q_width = kHeads * kHead;
-    const int kv_width = kKvHeads * kHead;
+    const int q_width = case_.n_heads() * case_.d_head();
+    const int kv_width = kKvHeads * case_.d_head();
     const auto planes = [&](int n_planes, int n, int k) {
       std::vector<std::uint16_t>& data = halves_.emplace_back(random_.halves(n_planes * n * pad_inputs(k)));
       return Planes{data.data(), n_planes, n, k};

@@ -182,18 +182,20 @@ def plan(checkpoint: Checkpoint, encoding: str | None = None, head: str | None =
     is_dense = config.weights == "dense"
     if is_dense and not checkpoint.is_packed and _SCHEMES.get(encoding or "", "dense") != "dense":
         config = replace(config, weights=_SCHEMES[encoding or ""], activations="a8")  # type: ignore[arg-type]
-    allowed = LINEAR_ENCODINGS[config.weights]
-    if encoding is not None and encoding not in allowed:
-        expected = " or ".join(allowed)
-        raise ValueError(f"encoding {encoding!r} cannot hold {config.weights} weights; expected {expected}")
+    schemes = dict.fromkeys(config.layer_weights or (config.weights,))
+    if encoding is not None and _SCHEMES.get(encoding) not in schemes:
+        expected = " or ".join(kind for scheme in schemes for kind in LINEAR_ENCODINGS[scheme])
+        found = " and ".join(schemes)
+        raise ValueError(f"encoding {encoding!r} cannot hold {found} weights; expected {expected}")
     encodings: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():
         if config.is_linear(name):
+            allowed = LINEAR_ENCODINGS[config.weights_of(name)]
             kept = tensor.encoding if isinstance(tensor, PackedTensor) else allowed[0]
-            encodings[name] = encoding or kept
+            encodings[name] = encoding if encoding in allowed else kept
     head = head or checkpoint.head or _usual_head(checkpoint)
-    if head not in HEADS:
-        head = encoding or head
+    if head not in HEADS and encoding in LINEAR_ENCODINGS[config.weights]:
+        head = encoding
     for name, shape in tensor_shapes(config, head).items():
         if len(shape) == 2 and name != SHORTLIST_BOUNDS and name not in encodings:
             encodings[name] = ROW_ENCODING if name == SHORTLIST else head
@@ -210,8 +212,8 @@ def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | No
     Args:
         checkpoint: a float32 master, a packed model, or one in a file of another format.
         encoding: layout of the linear layers: "t80" (default) or "r64" for b1.58, "b128" for b1, "bf16" for dense
-            ones, or one of the others to round dense ones to it, with 8-bit activations. None keeps the layout of a
-            packed model.
+            ones, or one of the others to round dense ones to it, with 8-bit activations. Of mixed weights it is that of
+            the layers that it fits. None keeps the layout of a packed model.
         head: "q8", int8 rows, or "bf16", which keeps the head and the embedding in bfloat16, with a shortlist of int8
             rows. None takes the default, or keeps the head of a packed model.
 
@@ -300,7 +302,7 @@ def codes(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Int8, Float32
             )
         _check_scale(name, scale)
         return found, scale
-    found, scale = quant.quantize_weights(rows(name, tensor), config.weights, config.scale)
+    found, scale = quant.quantize_weights(rows(name, tensor), config.weights_of(name), config.scale)
     return found.astype(np.int8), scale
 
 
@@ -361,7 +363,7 @@ def _packed(name: str, tensor: Tensor, shape: tuple[int, int], planned: Plan) ->
     config, encoding = planned.config, planned.encodings[name]
     if isinstance(tensor, PackedTensor) and tensor.encoding in (encoding, "bf16"):
         return tensor
-    if encoding in LINEAR_ENCODINGS[config.weights] and encoding != "bf16":
+    if encoding in LINEAR_ENCODINGS[config.weights_of(name)] and encoding != "bf16":
         found, scale = codes(name, tensor, config)
         return PackedTensor(encoding, shape, _pack(found, encoding), scale)
     data = np.zeros(packed_shape(encoding, shape), np.uint8)
@@ -465,7 +467,7 @@ def _check_scale(name: str, scale: Float32) -> None:
 
 
 def _allowed_encodings(name: str, config: ModelConfig, head: str | None) -> tuple[str, ...]:
-    codes = LINEAR_ENCODINGS[config.weights]
+    codes = LINEAR_ENCODINGS[config.weights_of(name)]
     if config.is_linear(name):
         return codes
     if name == SHORTLIST:

@@ -17,6 +17,9 @@ Activations = Literal["a15", "a8", "a4.8", "a4", "a1", "none"]
 FfnActivation = Literal["silu", "relu2"]
 RopeType = Literal["linear", "llama3", "yarn"]
 
+# Fields of a model that are lists in JSON, and of what.
+_TUPLES = {"eos_tokens": "token ids", "layer_weights": "schemes"}
+
 
 def _shown(value: object) -> str:
     """A value of unknown origin as a short piece of ASCII: a message is one line."""
@@ -190,6 +193,7 @@ class ModelConfig:
         qkv_bias: the q, k and v projections add a bias.
         tied_head: the head uses the embedding matrix.
         weights: scheme of the linear layers: "b1.58", "b1", or "dense" for a full-precision twin.
+        layer_weights: scheme of each block, "b1.58" or "b1", where not all have the same; else empty.
         activations: quantiser of the linear layers' inputs: "a8", "a4", "a1", "a15" for models whose authors left them
             unquantised, "a4.8" (a4 for q, k, v, gate and up, a8 for down, the larger half of a8 for o), or "none"
             (dense only).
@@ -220,6 +224,7 @@ class ModelConfig:
     qkv_bias: bool = False
     tied_head: bool = True
     weights: Weights = "b1.58"
+    layer_weights: tuple[Weights, ...] = ()
     activations: Activations = "a8"
     scale: Literal["tensor", "row"] | int = "tensor"
     hadamard: bool = False
@@ -274,6 +279,7 @@ class ModelConfig:
         if (self.weights == "dense") != (self.activations == "none"):
             found = f"weights {self.weights} with activations {self.activations}"
             raise ValueError(f"config: {found}; dense weights go with activations none, and no others do")
+        self._check_layer_weights()
         for name in ("o", "down") if self.hadamard else ():
             k = self.linear_shapes()[name][1]
             if k & (k - 1):
@@ -282,6 +288,26 @@ class ModelConfig:
                 )
         self._check_scale()
         self._check_tokens()
+
+    def _check_layer_weights(self) -> None:
+        table = self.layer_weights
+        if table == ():
+            return
+        if not isinstance(table, tuple) or any(scheme not in ("b1.58", "b1") for scheme in table):
+            raise ValueError(
+                f"config: layer_weights is {_shown(table)}; expected b1.58 or b1 for each layer: dense layers do not "
+                "mix with others, whose inputs are rounded"
+            )
+        if len(table) != self.n_layers:
+            raise ValueError(
+                f"config: layer_weights has {len(table)} schemes; expected one for each of {self.n_layers} layers"
+            )
+        if self.weights == "dense":
+            raise ValueError("config: layer_weights with weights dense; expected weights b1.58 or b1")
+        if len(set(table)) == 1:
+            raise ValueError(
+                f"config: all of layer_weights are {table[0]}; expected two schemes, or weights {table[0]} and no table"
+            )
 
     def _check_scale(self) -> None:
         if self.scale in ("tensor", "row"):
@@ -306,12 +332,20 @@ class ModelConfig:
 
     @property
     def label(self) -> str:
-        """Bit widths of weights, activations and reference KV cache, as in "W1.58A8KV16"."""
-        weights = {"b1.58": "1.58", "b1": "1", "dense": "16"}[self.weights]
+        """Bit widths of weights, activations and reference KV cache, as in "W1.58A8KV16"; of mixed weights the mean."""
+        bits = {"b1.58": math.log2(3), "b1": 1, "dense": 16}
+        table = self.layer_weights or (self.weights,)
+        weights = f"{sum(bits[scheme] for scheme in table) / len(table):.3g}"
         activations = {"a15": "15", "a8": "8", "a4.8": "4.8", "a4": "4", "a1": "1", "none": "16"}[
             self.activations
         ]
         return f"W{weights}A{activations}KV16"
+
+    def weights_of(self, name: str) -> Weights:
+        """Scheme of a matrix or block by its canonical name; of embedding and head, where they are codes, `weights`."""
+        if not self.layer_weights or not name.startswith("layers."):
+            return self.weights
+        return self.layer_weights[int(name.split(".")[1])]
 
     def input_quantizer(self, name: str) -> str:
         """Key in `quant.INPUT_QUANTIZERS` for the input of a linear layer."""
@@ -371,10 +405,12 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values; what few models have, rope_scaling among them, only where it is set."""
         values = asdict(self)
-        for name in ("rope_scaling", "qk_norm", "qkv_bias", "hadamard"):
+        for name in ("rope_scaling", "qk_norm", "qkv_bias", "hadamard", "layer_weights"):
             if not values[name]:
                 del values[name]
-        values["eos_tokens"] = list(self.eos_tokens)
+        for name in _TUPLES:
+            if name in values:
+                values[name] = list(values[name])
         return values
 
     @classmethod
@@ -394,10 +430,11 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config: {', '.join(missing)} missing")
         values = dict(values)
-        eos = values.get("eos_tokens", ())
-        if not isinstance(eos, (list, tuple)):
-            raise ValueError(f"config: eos_tokens is {_shown(eos)}; expected a list of token ids")
-        values["eos_tokens"] = tuple(eos)
+        for name, items in _TUPLES.items():
+            value = values.get(name, ())
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"config: {name} is {_shown(value)}; expected a list of {items}")
+            values[name] = tuple(value)
         if values.get("rope_scaling") is not None:
             values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
         return cls(**values)

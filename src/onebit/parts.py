@@ -71,7 +71,8 @@ def code_histogram(checkpoint: Checkpoint) -> dict[int, float]:
         raise ValueError("a float32 master has no codes; quantize it first")
     if checkpoint.config.weights == "dense":
         raise ValueError("a dense model has no codes")
-    counts = dict.fromkeys((-1, 1) if checkpoint.config.weights == "b1" else (-1, 0, 1), 0)
+    schemes = {checkpoint.config.weights, *checkpoint.config.layer_weights}
+    counts = dict.fromkeys((-1, 1) if schemes == {"b1"} else (-1, 0, 1), 0)
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, PackedTensor) and checkpoint.config.is_linear(name):
             for code, number in count_codes(tensor.data, tensor.encoding, tensor.shape).items():

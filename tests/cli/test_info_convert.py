@@ -104,6 +104,15 @@ def test_info_shows_a_full_precision_twin(folder):
     assert rows(out)["encoding"] == ["bf16"] and "codes" not in rows(out)
 
 
+def test_info_shows_the_scheme_of_each_layer(tmp_path):
+    table = ("b1.58", "b1", "b1", "b1.58")
+    formats.write(tiny.master(tiny.config(n_layers=4, layer_weights=table)), tmp_path / "x.onebit")
+    code, out, _ = cli(tmp_path, "info", "x.onebit", "--verify")
+    assert code == 0 and rows(out)["weights of layers"] == ["b1.58, 2 x b1, b1.58"]
+    assert rows(out)["label"] == ["W1.29A8KV16"] and rows(out)["encoding"] == ["b128, t80"]
+    assert "no: layers with b1.58 and with b1 weights" in " ".join(out.split())
+
+
 def test_info_shows_a_model_of_no_family(tmp_path, monkeypatch, capsys):
     master = tiny.master(tiny.config(qk_norm=True))
     formats.write(quantize(master), tmp_path / "x.onebit")

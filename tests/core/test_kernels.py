@@ -308,7 +308,7 @@ def test_outputs_may_be_inputs(isa, name, rng):
         assert_same_bits(pair[place], expected)
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 9, 16])
+@pytest.mark.parametrize("n", [1, 3, 4, 9, 16, 38])
 @pytest.mark.parametrize("k", [1, 16, 17, 100, 257])
 def test_dot_bf16(isa, n, k, rng):
     w = reference.to_bf16(floats(rng, n * k)).reshape(n, k)

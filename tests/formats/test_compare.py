@@ -17,7 +17,10 @@ def with_tensor(checkpoint, name, tensor):
     return replace(checkpoint, tensors=checkpoint.tensors | {name: tensor})
 
 
-@pytest.mark.parametrize("changes", [{}, {"weights": "b1"}, {"scale": 16}, {"tied_head": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"weights": "b1"}, {"scale": 16}, {"tied_head": False}, {"layer_weights": ("b1", "b1.58")}],
+)
 def test_layouts_do_not_count(changes):
     packed = quantize(tiny.master(tiny.config(**changes)))
     other = quantize(packed, "r64") if packed.config.weights == "b1.58" else packed

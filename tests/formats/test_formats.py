@@ -1,5 +1,7 @@
 """Reading by content, converting. Kinds: exact (kind of file, refusals), invariant (conversions agree)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,24 @@ def test_convert_refuses_before_it_writes(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="make it first"):
         formats.convert(folder, tmp_path / "nowhere" / "x.onebit")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_mixed_weights_stay_ours(tmp_path):
+    master = tiny.master(replace(tiny.BITNET, layer_weights=("b1", "b1.58")))
+    formats.run.write(master, tmp_path / "run")
+    assert formats.read(tmp_path / "run").config == master.config
+    report = formats.convert(tmp_path / "run", tmp_path / "x.onebit")
+    assert (report.made.config, report.made.label, report.losses) == (master.config, "W1.29A8KV16", [])
+    ways = formats.ways_out(report.made)
+    assert ways[".onebit"] == "yes"
+    for encoding in ("I2_S", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"):
+        assert ways[f"GGUF {encoding}"].startswith(
+            "no: holds weights of one scheme, and these mix b1.58 and b1"
+        )
+    for name, encoding in (("x.gguf", None), ("x.gguf", "Q1_0"), ("folder", None), ("folder", "dense")):
+        with pytest.raises(ValueError, match="mix b1.58 and b1|layers with b1.58 and with b1 weights"):
+            formats.convert(tmp_path / "x.onebit", tmp_path / name, encoding)
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("tied_head", [True, False])

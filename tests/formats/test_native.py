@@ -19,6 +19,7 @@ VARIANTS = [
     {"scale": "row", "tied_head": False},
     {"scale": 16, "sub_norm": False, "activation": "silu", "eos_tokens": (1, 2), "bos_token": 3},
     {"weights": "b1", "activations": "a1", "rope_scaling": RopeScaling("linear", 2.0)},
+    {"layer_weights": ("b1", "b1.58")},
 ]
 
 # Of the file of golden_checkpoint(). It changes with the format, and with nothing else.

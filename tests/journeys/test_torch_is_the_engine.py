@@ -20,6 +20,8 @@ CONFIGS = {
     "silu": {"activation": "silu", "sub_norm": False, "tied_head": False},
     "binary": {"weights": "b1", "scale": "row"},
     "groups": {"scale": 16},
+    "binary beside ternary": {"layer_weights": ("b1", "b1.58")},
+    "ternary beside binary in groups": {"layer_weights": ("b1.58", "b1"), "scale": 16, "activations": "a15"},
     "a4": {"activations": "a4", "n_kv_heads": 4},
     "a1": {"activations": "a1", "n_kv_heads": 1},
     "a15": {"activations": "a15", "d_model": 40},

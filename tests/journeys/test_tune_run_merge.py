@@ -146,7 +146,15 @@ def test_the_master_keeps_its_precision_when_merged(chats, model, tmp_path):
             assert np.array_equal(getattr(made.tensors[name], part), getattr(expected.tensors[name], part))
 
 
-@pytest.mark.parametrize("changes", [{}, {"weights": "b1", "scale": "row"}, {"scale": 16}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weights": "b1", "scale": "row"},
+        {"scale": 16},
+        {"layer_weights": ("b1.58", "b1"), "weights": "b1"},
+    ],
+)
 def test_a_small_change_flips_no_code(changes, tmp_path):
     config = tiny.config(**changes)
     formats.write(tiny.master(config), tmp_path / "model.onebit")

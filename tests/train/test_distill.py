@@ -95,6 +95,15 @@ def test_a_binary_student_of_every_loss(dense, texts, tmp_path):
     assert run_folder.read(tmp_path / "run").config.label == "W1A8KV16"
 
 
+def test_layers_of_a_student_may_differ(dense):
+    checkpoint = formats.read(dense)
+    table = ("b1.58", *["b1"] * (checkpoint.config.n_layers - 1))
+    built = distill.build_distill(str(dense), checkpoint, [f"model.layer_weights={','.join(table)}"])
+    assert built.model == tiny.replace(
+        checkpoint.config, layer_weights=table, weights="b1.58", activations="a8"
+    )
+
+
 def test_rounding_that_sets_in_slowly_begins_at_the_teacher(dense, texts, tmp_path):
     settings = ["steps=1", "distill.sub_norm=none", "optim.lr=0", "optim.lr_second=0"]
     (slow,) = student_of(dense, texts, tmp_path / "slow", *settings, "options.lambda_steps=1000")

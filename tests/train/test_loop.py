@@ -9,10 +9,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
+from onebit.checkpoint import quantize
 from onebit.formats import run as run_folder
 from onebit.formats import tensors
+from onebit.llm import LLM
+from onebit.nn.transformer import Transformer
 from onebit.train import build, state, train
 from onebit.train.pictures import HEALTH, LOSS
 from onebit.train.state import METRICS, STATE
@@ -90,6 +94,20 @@ def test_training_lowers_the_loss_and_the_folder_says_where_it_came_from(texts, 
     assert checkpoint.provenance["tokens"] == 60 * 4 * 32
     assert len(checkpoint.provenance["corpus_sha256"]) == 64
     assert checkpoint.config.eos_tokens == (checkpoint.config.bos_token,)
+
+
+def test_layers_of_two_schemes_learn_and_run(texts, tmp_path):
+    """The recipe, resumed; the codes that training saw; the engine's logits."""
+    settings = [*SMALL, "model.n_layers=3", "model.layer_weights=b1.58,b1,b1.58", "steps=2", "health_every=1"]
+    train(build("tiny", settings), texts, tmp_path / "run")
+    master = run_folder.read(tmp_path / "run")
+    assert master.config.layer_weights == ("b1.58", "b1", "b1.58")
+    assert state.open_run(build("tiny", settings), texts, tmp_path / "run", resume=True) is not None
+    zeros = losses(tmp_path / "run")[-1]["zeros"]
+    assert zeros[1] == 0 < min(zeros[0], zeros[2])
+    with torch.no_grad():
+        expected = Transformer.from_checkpoint(master).eval()(torch.arange(20)[None])[0].numpy()
+    assert np.array_equal(LLM(quantize(master)).logits(range(20)), expected)
 
 
 def test_what_is_refused(texts, tmp_path):

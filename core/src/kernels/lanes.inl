@@ -61,13 +61,24 @@ struct E4M3 {
   std::uint8_t bits;
 };
 
+// One instruction, for which GCC 12 takes four.
+ONEBIT_INLINE IntVector widen(HalfVector half) {
+#if defined(__AVX512F__)
+  return (IntVector)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(__AVX2__)
+  return (IntVector)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, IntVector);
+#endif
+}
+
 ONEBIT_INLINE Lanes load_lanes(const Bf16* x) {
   Lanes a;
   ONEBIT_UNROLL
   for (int i = 0; i < kParts; ++i) {
     HalfVector half;
     __builtin_memcpy(&half, x + i * kPartLanes, sizeof half);
-    a.part[i] = (Vector)(__builtin_convertvector(half, IntVector) << 16);
+    a.part[i] = (Vector)(widen(half) << 16);
   }
   return a;
 }
@@ -420,7 +431,7 @@ std::int32_t sum_codes(const std::int8_t* codes, int n) noexcept {
 // ---- bfloat16 rows ----
 
 template <int kRows>
-ONEBIT_INLINE void dot_rows(const Bf16* w, std::ptrdiff_t ldw, const float* x, int k, float* y) {
+ONEBIT_INLINE void sum_rows(const Bf16* w, std::ptrdiff_t ldw, const float* x, int k, Lanes* sums) {
   const int whole = k / kLaneCount * kLaneCount;
   Lanes sum[kRows];
   ONEBIT_UNROLL
@@ -436,16 +447,28 @@ ONEBIT_INLINE void dot_rows(const Bf16* w, std::ptrdiff_t ldw, const float* x, i
     for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load_lanes(w + i * ldw + whole, k - whole) * input;
   }
   ONEBIT_UNROLL
-  for (int i = 0; i < kRows; ++i) y[i] = total(sum[i]);
+  for (int i = 0; i < kRows; ++i) sums[i] = sum[i];
 }
 
 void dot_bf16(const std::uint16_t* rows, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
   const Bf16* w = reinterpret_cast<const Bf16*>(rows);
   // Enough independent sums to hide the latency of an addition.
   constexpr int kRows = 4;
+  Lanes sums[kLaneCount];
   int i = 0;
-  for (; i + kRows <= n; i += kRows) dot_rows<kRows>(w + i * ldw, ldw, x, k, y + i);
-  for (; i < n; ++i) dot_rows<1>(w + i * ldw, ldw, x, k, y + i);
+  // Where rows are short, as those of an adapter, most of the work is in their totals: 16 together take fewer steps.
+  for (; i + kLaneCount <= n; i += kLaneCount) {
+    for (int j = 0; j < kLaneCount; j += kRows) sum_rows<kRows>(w + (i + j) * ldw, ldw, x, k, sums + j);
+    store_lanes(y + i, totals(sums));
+  }
+  for (; i + kRows <= n; i += kRows) {
+    sum_rows<kRows>(w + i * ldw, ldw, x, k, sums);
+    for (int j = 0; j < kRows; ++j) y[i + j] = total(sums[j]);
+  }
+  for (; i < n; ++i) {
+    sum_rows<1>(w + i * ldw, ldw, x, k, sums);
+    y[i] = total(sums[0]);
+  }
 }
 
 // ---- Numbers of the cache ----

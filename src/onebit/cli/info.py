@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,6 +112,8 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
             table.add_row("family", family(config))
     table.add_row("label", checkpoint.label)
     table.add_row("layers", f"{config.n_layers} of width {config.d_model}")
+    if config.layer_weights:
+        table.add_row("weights of layers", _runs(config.layer_weights))
     table.add_row("feed-forward", f"width {config.d_ff}, {config.activation}")
     table.add_row(
         "heads", f"{config.n_heads} of width {config.d_head}, {config.n_kv_heads} for keys and values"
@@ -132,6 +135,12 @@ def _model_table(path: Path, checkpoint: "Checkpoint") -> "Table":
     table.add_row("tokenizer", "yes" if checkpoint.tokenizer else "no: token ids only")
     table.add_row("chat template", "yes" if checkpoint.chat_template else "no")
     return table
+
+
+def _runs(schemes: tuple[str, ...]) -> str:
+    """A scheme for each layer, equal neighbours together, as in "b1.58, 4 x b1, b1.58"."""
+    found = [(scheme, len(list(group))) for scheme, group in groupby(schemes)]
+    return ", ".join(scheme if n == 1 else f"{n} x {scheme}" for scheme, n in found)
 
 
 def _scales(checkpoint: "Checkpoint") -> str:

@@ -136,7 +136,7 @@ def _compare(
     if is_linear and config.weights != "dense":
         old_codes, old_scale = codes(name, before, config)
         # Of a master that stays one, the codes that it is rounded to are compared.
-        if made.weights == config.weights:
+        if made.weights_of(name) == config.weights_of(name):
             new_codes, new_scale = codes(name, after, made)
             if np.array_equal(old_codes, new_codes) and np.array_equal(old_scale, new_scale):
                 return

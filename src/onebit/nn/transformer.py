@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onebit.checkpoint import Checkpoint, granularity, rows
-from onebit.config import ModelConfig, input_quantizer
+from onebit.config import ModelConfig, Weights, input_quantizer
 from onebit.nn import ordered
 from onebit.nn.bitlinear import (
     Rounding,
@@ -76,9 +76,12 @@ class Linear(nn.Module):
 class Block(nn.Module):
     """Attention and gated feed-forward layer, each with a pre-norm and, where configured, a sub-norm."""
 
-    def __init__(self, config: ModelConfig, rounding: Rounding, learned_scale: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, rounding: Rounding, learned_scale: bool
+    ) -> None:
         super().__init__()
         self.config = config
+        self.weights = weights
         self.rounding = rounding
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -113,12 +116,12 @@ class Block(nn.Module):
         if not isinstance(layers[0], Linear):
             return tuple(layer.logits(x) for layer in layers)
         weights = tuple(layer.master for layer in layers)
-        if c.weights == "dense":
+        if self.weights == "dense":
             return F.linear(x, torch.cat(weights)).float().split([w.shape[0] for w in weights], dim=-1)
         if rounding.strength is not None:
-            ys = blended_linear(x, weights, c.weights, kind, c.scale, rounding.strength)
+            ys = blended_linear(x, weights, self.weights, kind, c.scale, rounding.strength)
         else:
-            ys = bit_linear(x, weights, c.weights, kind, c.scale, rounding.temperature)
+            ys = bit_linear(x, weights, self.weights, kind, c.scale, rounding.temperature)
         if rounding.gradient_limit:
             ys = tuple(limit_gradient(y, rounding.gradient_limit) for y in ys)
         return ys
@@ -178,7 +181,8 @@ class Transformer(nn.Module):
         self.head_format = head
         self.embed: Any = Linear(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            Block(config, self.rounding, learned_scale) for _ in range(config.n_layers)
+            Block(config, config.weights_of(f"layers.{i}"), self.rounding, learned_scale)
+            for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied_head:

@@ -30,7 +30,7 @@ ANSWERS = "teacher"
 # Sequences on which sub-norms are fitted.
 _FIT_SEQUENCES = 16
 # Fields of the model that are the student's to choose; sub-norms are those of distill.sub_norm.
-_CHOICES = ("weights", "activations", "scale", "hadamard")
+_CHOICES = ("weights", "layer_weights", "activations", "scale", "hadamard")
 
 
 @ranks.together()

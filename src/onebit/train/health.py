@@ -105,7 +105,7 @@ def _codes(model: Transformer, extras: dict[str, Tensor]) -> dict[str, list[floa
     for name in model.linear_weights():
         master = ranks.whole(masters[name])
         # From 0: the file of the state knows bytes without a sign.
-        codes = (quantize_weights(master, config.weights, config.scale)[0] + 1).to(torch.uint8)
+        codes = (quantize_weights(master, config.weights_of(name), config.scale)[0] + 1).to(torch.uint8)
         layer, key = int(name.split(".")[1]), f"{name}.{CODES}"
         if key in extras:
             seen = True

@@ -17,6 +17,7 @@ import numpy as np
 
 from onebit import formats, quant
 from onebit.checkpoint import Checkpoint, Tensor, codes, quantize, rows
+from onebit.config import ModelConfig, Weights
 from onebit.engine.model import BLOCK_TOKENS, Model
 from onebit.engine.tokenizer import Tokenizer
 from onebit.formats import adapter as adapters
@@ -182,9 +183,9 @@ def _merged(name: str, base: Checkpoint, adapter: Adapter, scale: Scale) -> tupl
         return made, layer
     before, old_scale = codes(name, tensor, config)
     if isinstance(tensor, PackedTensor) and scale == "keep":
-        after, new_scale = _round(wanted, old_scale, base), old_scale
+        after, new_scale = _round(wanted, old_scale, config, config.weights_of(name)), old_scale
     else:
-        found, new_scale = quant.quantize_weights(wanted, config.weights, config.scale)
+        found, new_scale = quant.quantize_weights(wanted, config.weights_of(name), config.scale)
         after = found.astype(np.int8)
     kept = quant.dequantize(after.astype(np.float32), new_scale)
     made = wanted
@@ -195,10 +196,9 @@ def _merged(name: str, base: Checkpoint, adapter: Adapter, scale: Scale) -> tupl
     return made, Layer(name, w.size, n_flipped, ratio, _norm(kept - wanted) / size)
 
 
-def _round(w: Float32, scale: Float32, base: Checkpoint) -> Int8:
-    """Codes of the model's scheme for scales that are given: the nearest ones."""
-    config = base.config
-    if config.weights == "b1":
+def _round(w: Float32, scale: Float32, config: ModelConfig, scheme: Weights) -> Int8:
+    """Codes of a scheme for scales that are given: the nearest ones."""
+    if scheme == "b1":
         return np.where(w > 0, 1, -1).astype(np.int8)
     groups = quant.weight_groups(w, config.scale)
     found = (groups / scale.reshape(*groups.shape[:2], 1)).round().clip(-1, 1)

@@ -140,8 +140,9 @@ class Distill:
 
     Source: BitDistill, arXiv:2510.13998. Of the three things in which its authors' code differs from its equations two
         are choices here: `tau_squared` and `relation_heads_twice` are on in the code. The third, a norm before every
-        linear layer instead of two, is not: a model here has no such norms. (Their figures: temperature 5, logits 10
-        and relations 1e5 for classification, 1 and 1e3 for summaries, queries and keys after rotation.)
+        linear layer instead of two, is not: what q, k, v, gate and up read is normed already, and a second norm
+        would change little and cost each its own rounding; docs/log.md has the figures. (Theirs: temperature 5, logits
+        10 and relations 1e5 for classification, 1 and 1e3 for summaries, queries and keys after rotation.)
     """
 
     teacher: str

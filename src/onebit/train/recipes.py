@@ -111,7 +111,7 @@ def dense(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         name=f"{recipe.name}-dense",
-        model=replace(recipe.model, weights="dense", activations="none", hadamard=False),
+        model=replace(recipe.model, weights="dense", layer_weights=(), activations="none", hadamard=False),
         options=replace(
             recipe.options,
             first_activations=None,

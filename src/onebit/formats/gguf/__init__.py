@@ -258,7 +258,7 @@ def _with_weights(config: ModelConfig, sources: dict[str, Source]) -> ModelConfi
     if len(schemes) > 1:
         listed = ", ".join(f"{number} of {kind}" for kind, number in kinds.items())
         raise ValueError(
-            f"the linear layers mix schemes of weights ({listed}); onebit has one for all of them"
+            f"the linear layers mix schemes of weights ({listed}); a GGUF file is read if all have one"
         )
     (scheme,) = schemes
     if scheme == "dense":
@@ -311,6 +311,10 @@ def _misfit(config: ModelConfig, kind: str) -> str | None:
     """Why a type cannot hold the linear layers of a model; None if it can."""
     if kind in FLOATS:
         return None
+    if config.layer_weights:
+        return (
+            "holds weights of one scheme, and these mix b1.58 and b1: only a .onebit file keeps their codes"
+        )
     scheme, weights = SCHEMES[kind], BLOCKS[kind].weights
     if config.weights != scheme:
         return f"holds {scheme} weights, and these are {config.weights}"

@@ -163,6 +163,10 @@ def check_replaceable(folder: Path) -> None:
 def _quantization(checkpoint: Checkpoint, kind: str) -> Json | None:
     """What config.json says of the weights; refuses what cannot be packed."""
     config = checkpoint.config
+    if config.layer_weights:
+        raise ValueError(
+            "layers with b1.58 and with b1 weights: such a folder has one scheme; write a .onebit file"
+        )
     is_absmean = config.weights == "b1.58" and config.scale == "tensor" and config.activations == "a8"
     mode = "offline"
     if kind == "packed":
