@@ -285,7 +285,7 @@ class LLM:
         Raises:
             ValueError: a prompt that is too long or holds unknown ids.
         """
-        tokens = self._encode(prompt)
+        tokens = self.encode(prompt)
         check_tokens(self.config, tokens)
         n_blocks = -(-len(tokens) // BLOCK_TOKENS)
         cache = self.model.new_cache(n_blocks, self.kv_cache)
@@ -300,6 +300,30 @@ class LLM:
             chunks.append(self.model.forward(ids, at, ends, table, rows, cache, adapters=which))
         return np.concatenate(chunks)
 
+    def engine(self, cache_bytes: int, max_step_tokens: int = MAX_STEP_TOKENS) -> Engine:
+        """An engine of its own, for whoever adds requests while others run.
+
+        Args:
+            cache_bytes: memory for keys and values.
+            max_step_tokens: most tokens in one forward pass.
+
+        Raises:
+            ValueError: memory for less than one block of the cache.
+        """
+        n_blocks = cache_bytes // self._block_bytes()
+        if n_blocks < 1:
+            raise ValueError(
+                f"{cache_bytes:,} bytes hold no block of the key-value cache, which takes {self._block_bytes():,}"
+            )
+        return Engine(
+            self.model,
+            self._tokenizer,
+            n_blocks,
+            max_step_tokens,
+            speculation=self._speculation,
+            kv_cache=self.kv_cache,
+        )
+
     def _begin(
         self, prompts: Sequence[Prompt], params: SamplingParams, adapters: Sequence[str | None]
     ) -> tuple[Engine, list[Generation]]:
@@ -308,7 +332,7 @@ class LLM:
             raise ValueError(
                 f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each"
             )
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
         available = available_bytes()
         if available is not None and (most := max(needs, default=0) * self._block_bytes()) > available:
@@ -335,7 +359,15 @@ class LLM:
             raise ValueError(f"adapter {name!r} is unknown; this model has {known}")
         return self.adapters.index(name)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as the model gets it: an empty one is the model's begin- or end-of-text token.
+
+        Args:
+            prompt: a text or token ids.
+
+        Raises:
+            ValueError: neither of the two, or a text for a model without tokenizer.
+        """
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         else:

@@ -169,6 +169,11 @@ class Engine:
         self._scheduler.add(request)
         return request
 
+    @property
+    def requests(self) -> list[Generation]:
+        """Those that have not ended, in order of arrival."""
+        return self._scheduler.requests
+
     def cancel(self, request: Generation) -> None:
         """Free what a request holds; nothing happens if it has already ended."""
         if request in self._scheduler.requests:

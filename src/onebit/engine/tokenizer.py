@@ -89,23 +89,32 @@ class Tokenizer:
             self._wholes[token] = text if self._is_bytewise and _INCOMPLETE not in text else None
         return self._wholes[token]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+            tools: what the model may call, as its template knows them.
 
         Raises:
             ValueError: no chat template, malformed messages, or messages that the template refuses.
         """
-        return self._encode(self.render_chat(messages))
+        return self._encode(self.render_chat(messages, tools=tools))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """A conversation as the chat template writes it.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
             add_generation_prompt: end where the assistant's answer begins.
+            tools: what the model may call, as its template knows them.
 
         Raises:
             ValueError: see `encode_chat`.
@@ -119,8 +128,8 @@ class Tokenizer:
             text: str = self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
+                tools=tools and list(tools),
                 # Asked for by templates that know them, as nothing.
-                tools=None,
                 documents=None,
                 bos_token=self._written(self.bos_token),
                 eos_token=self._written(self.eos_token),
