@@ -76,18 +76,19 @@ void check_sequences(const onebit::Batch& batch, int n_blocks) {
   }
 }
 
-// float32 [n_rows, n_vocab] to write to.
-using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// float32 [n_rows, width] to write to.
+using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts, nb::handle block_tables,
-             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Logits logits, nb::handle adapters) {
+// Checks the arrays of a call and hands them to compute(batch); without top_k, it is null there.
+template <typename Compute>
+void run(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts, nb::handle block_tables,
+         nb::handle rows, const nb::handle* top_k, const onebit::KvCache& cache, nb::handle adapters, Compute compute) {
   const onebit::ModelConfig& config = self.model->config();
   const auto tokens_T = array<std::int32_t>(tokens, "tokens", 1);
   const auto positions_T = array<std::int32_t>(positions, "positions", 1);
   const auto starts_S = array<std::int32_t>(seq_starts, "seq_starts", 1);
   const auto tables_SB = array<std::int32_t>(block_tables, "block_tables", 2);
   const auto rows_R = array<std::int32_t>(rows, "rows", 1);
-  const auto top_k_R = array<std::int32_t>(top_k, "top_k", 1);
   require(tokens_T.size(0) >= 1 && tokens_T.size(0) < (1 << 24), "tokens: expected 1 to 2^24 - 1 tokens");
   require(positions_T.size(0) == tokens_T.size(0), "positions: expected one for each of the ", tokens_T.size(0),
           " tokens");
@@ -97,8 +98,9 @@ void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::hand
   check_range(tokens_T, "tokens", config.vocab_size);
   check_range(positions_T, "positions", config.max_seq_len);
   check_range(rows_R, "rows", tokens_T.size(0));
+  const auto top_k_R = array<std::int32_t>(top_k ? *top_k : rows, "top_k", 1);
   require(top_k_R.size(0) == rows_R.size(0), "top_k: expected one for each of the ", rows_R.size(0), " rows");
-  check_range(top_k_R, "top_k", std::int64_t{config.vocab_size} + 1);
+  if (top_k) check_range(top_k_R, "top_k", std::int64_t{config.vocab_size} + 1);
   const auto adapters_S = array<std::int32_t>(adapters, "adapters", 1);
   require(adapters_S.size(0) == tables_SB.size(0), "adapters: expected one for each of the ", tables_SB.size(0),
           " sequences");
@@ -115,7 +117,7 @@ void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::hand
       .seq_starts = starts_S.data,
       .block_tables = tables_SB.data,
       .rows = rows_R.data,
-      .top_k = top_k_R.data,
+      .top_k = top_k ? top_k_R.data : nullptr,
       .n_tokens = static_cast<int>(tokens_T.size(0)),
       .n_seqs = static_cast<int>(tables_SB.size(0)),
       .table_width = static_cast<int>(tables_SB.size(1)),
@@ -123,12 +125,33 @@ void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::hand
       .adapters = adapters_S.data,
   };
   check_sequences(batch, cache.n_blocks());
+  compute(batch);
+}
 
-  require(static_cast<std::int64_t>(logits.shape(0)) == batch.n_rows &&
-              static_cast<std::int64_t>(logits.shape(1)) == config.vocab_size,
-          "logits: expected room for ", shape_text({batch.n_rows, config.vocab_size}), " values");
-  nb::gil_scoped_release release;
-  self.model->forward(batch, cache, logits.data());
+void check_room(const Rows& out, const char* name, int n_rows, int width) {
+  require(static_cast<std::int64_t>(out.shape(0)) == n_rows && static_cast<std::int64_t>(out.shape(1)) == width, name,
+          ": expected room for ", shape_text({n_rows, width}), " values");
+}
+
+void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts, nb::handle block_tables,
+             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Rows logits, nb::handle adapters) {
+  run(self, tokens, positions, seq_starts, block_tables, rows, &top_k, cache, adapters,
+      [&](const onebit::Batch& batch) {
+        check_room(logits, "logits", batch.n_rows, self.model->config().vocab_size);
+        nb::gil_scoped_release release;
+        self.model->forward(batch, cache, logits.data());
+      });
+}
+
+void forward_hidden(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts,
+                    nb::handle block_tables, nb::handle rows, onebit::KvCache& cache, Rows hidden,
+                    nb::handle adapters) {
+  run(self, tokens, positions, seq_starts, block_tables, rows, nullptr, cache, adapters,
+      [&](const onebit::Batch& batch) {
+        check_room(hidden, "hidden", batch.n_rows, self.model->config().d_model);
+        nb::gil_scoped_release release;
+        self.model->forward_hidden(batch, cache, hidden.data());
+      });
 }
 
 void check_logits(const float* logits, std::int64_t n) {
@@ -285,6 +308,15 @@ NB_MODULE(_core, m) {
                    "cache: KvCache, logits: numpy.typing.NDArray[numpy.float32], "
                    "adapters: numpy.typing.NDArray[numpy.int32]) -> None"),
            "Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
+      .def("forward_hidden", &forward_hidden, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a,
+           "cache"_a, "hidden"_a.noconvert(), "adapters"_a,
+           nb::sig("def forward_hidden(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "
+                   "numpy.typing.NDArray[numpy.int32], "
+                   "seq_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], "
+                   "rows: numpy.typing.NDArray[numpy.int32], cache: KvCache, "
+                   "hidden: numpy.typing.NDArray[numpy.float32], "
+                   "adapters: numpy.typing.NDArray[numpy.int32]) -> None"),
+           "Writes the hidden states [R, D] of the tokens in rows; see onebit.engine.model.Model.forward_hidden.")
       .def_prop_ro(
           "isa", [](const OwnedModel& self) { return std::string(self.model->kernels().name); },
           "Instruction set of the kernels.")

@@ -85,6 +85,19 @@ Model::~Model() = default;
 void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
   std::lock_guard lock(mutex_);
   StandardFloatMode float_mode;
+  run_layers(batch, cache);
+  norm_rows(batch, head_.input(batch.n_rows));
+  head_.forward(pool_, batch.n_rows, batch.top_k, logits);
+}
+
+void Model::forward_hidden(const Batch& batch, KvCache& cache, float* hidden) {
+  std::lock_guard lock(mutex_);
+  StandardFloatMode float_mode;
+  run_layers(batch, cache);
+  norm_rows(batch, hidden);
+}
+
+void Model::run_layers(const Batch& batch, KvCache& cache) {
   reserve(batch);
   attention_.begin(batch, cache.format());
   adapters_.begin(batch);
@@ -96,7 +109,6 @@ void Model::forward(const Batch& batch, KvCache& cache, float* logits) {
       feed_forward(layer, first, std::min(batch.n_tokens - first, kFfnTokens));
     }
   }
-  head(batch, logits);
 }
 
 void Model::reserve(const Batch& batch) {
@@ -269,16 +281,14 @@ void Model::feed_forward(int index, int first, int n_tokens) {
   add_residual(first, n_tokens);
 }
 
-void Model::head(const Batch& batch, float* logits) {
+void Model::norm_rows(const Batch& batch, float* h_RD) {
   const int d_model = config_.d_model;
-  float* h_RD = head_.input(batch.n_rows);
   pool_.run(batch.n_rows, [&](int, int begin, int end) {
     for (std::size_t r = begin; r < static_cast<std::size_t>(end); ++r) {
       const float* x_D = workspace_->x_TD.get() + static_cast<std::size_t>(batch.rows[r]) * d_model;
       kernels_.rms_norm(x_D, weights_.norm, config_.norm_eps, d_model, h_RD + r * d_model);
     }
   });
-  head_.forward(pool_, batch.n_rows, batch.top_k, logits);
 }
 
 void Model::add_residual(int first, int n_tokens) {

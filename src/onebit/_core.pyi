@@ -100,6 +100,19 @@ class Model:
     ) -> None:
         """Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""
 
+    def forward_hidden(
+        self,
+        tokens: numpy.typing.NDArray[numpy.int32],
+        positions: numpy.typing.NDArray[numpy.int32],
+        seq_starts: numpy.typing.NDArray[numpy.int32],
+        block_tables: numpy.typing.NDArray[numpy.int32],
+        rows: numpy.typing.NDArray[numpy.int32],
+        cache: KvCache,
+        hidden: numpy.typing.NDArray[numpy.float32],
+        adapters: numpy.typing.NDArray[numpy.int32],
+    ) -> None:
+        """Writes the hidden states [R, D] of the tokens in rows; see onebit.engine.model.Model.forward_hidden."""
+
     @property
     def isa(self) -> str:
         """Instruction set of the kernels."""

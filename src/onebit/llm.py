@@ -29,8 +29,8 @@ from onebit.engine.engine import (
     count_positions,
 )
 from onebit.engine.memory import KV_FORMATS, available_bytes, in_huge_pages, position_bytes
-from onebit.engine.model import BLOCK_TOKENS, Float32, Model
-from onebit.engine.sampling import SamplingParams
+from onebit.engine.model import BLOCK_TOKENS, Float32, Int32, KvCache, Model
+from onebit.engine.sampling import SamplingParams, TokenLogprobs
 from onebit.engine.speculation import Speculation
 from onebit.engine.tokenizer import Tokenizer
 from onebit.formats import adapter as adapter_format
@@ -88,6 +88,8 @@ class Output:
         usage: tokens read and generated.
         timings: of this text; those of one list run together.
         seed: repeats the text.
+        logprobs: how likely each token of the text was, if asked for; else empty.
+        prompt_logprobs: the same for the prompt, with None for its first token.
     """
 
     text: str
@@ -96,6 +98,8 @@ class Output:
     usage: Usage
     timings: Timings
     seed: int
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs | None]
 
 
 class Piece(NamedTuple):
@@ -272,93 +276,6 @@ class LLM:
         """
         return self.generate(self.tokenizer.encode_chat(messages), params, adapter, **sampling)
 
-    def logits(self, prompt: Prompt, adapter: str | None = None) -> Float32:
-        """Scores of every possible next token after each token.
-
-        Args:
-            prompt: a text or token ids.
-            adapter: name of the adapter to run with, or None.
-
-        Returns:
-            float32 [T, V].
-
-        Raises:
-            ValueError: a prompt that is too long or holds unknown ids.
-        """
-        tokens = self.encode(prompt)
-        check_tokens(self.config, tokens)
-        n_blocks = -(-len(tokens) // BLOCK_TOKENS)
-        cache = self.model.new_cache(n_blocks, self.kv_cache)
-        which = np.array([self._adapter(adapter)], np.int32)
-        table = np.arange(n_blocks, dtype=np.int32).reshape(1, -1)
-        chunks = []
-        for start in range(0, len(tokens), MAX_STEP_TOKENS):
-            ids = np.array(tokens[start : start + MAX_STEP_TOKENS], np.int32)
-            rows = np.arange(len(ids), dtype=np.int32)
-            ends = np.array([0, len(ids)], np.int32)
-            at = rows + np.int32(start)
-            chunks.append(self.model.forward(ids, at, ends, table, rows, cache, adapters=which))
-        return np.concatenate(chunks)
-
-    def engine(self, cache_bytes: int, max_step_tokens: int = MAX_STEP_TOKENS) -> Engine:
-        """An engine of its own, for whoever adds requests while others run.
-
-        Args:
-            cache_bytes: memory for keys and values.
-            max_step_tokens: most tokens in one forward pass.
-
-        Raises:
-            ValueError: memory for less than one block of the cache.
-        """
-        n_blocks = cache_bytes // self._block_bytes()
-        if n_blocks < 1:
-            raise ValueError(
-                f"{cache_bytes:,} bytes hold no block of the key-value cache, which takes {self._block_bytes():,}"
-            )
-        return Engine(
-            self.model,
-            self._tokenizer,
-            n_blocks,
-            max_step_tokens,
-            speculation=self._speculation,
-            kv_cache=self.kv_cache,
-        )
-
-    def _begin(
-        self, prompts: Sequence[Prompt], params: SamplingParams, adapters: Sequence[str | None]
-    ) -> tuple[Engine, list[Generation]]:
-        which = [self._adapter(name) for name in adapters]
-        if len(which) != len(prompts):
-            raise ValueError(
-                f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each"
-            )
-        encoded = [self.encode(prompt) for prompt in prompts]
-        needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
-        available = available_bytes()
-        if available is not None and (most := max(needs, default=0) * self._block_bytes()) > available:
-            raise MemoryError(
-                f"a text of up to {max(needs) * BLOCK_TOKENS:,} tokens needs {most / 1e9:.1f} GB of keys and values; "
-                f"{available / 1e9:.1f} GB of memory are available: lower max_tokens or shorten the prompt"
-            )
-        n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
-        engine = Engine(
-            self.model,
-            self._tokenizer,
-            max(n_blocks, 1),
-            speculation=self._speculation,
-            kv_cache=self.kv_cache,
-        )
-        pairs = zip(encoded, which, strict=True)
-        return engine, [engine.add(tokens, params, adapter) for tokens, adapter in pairs]
-
-    def _adapter(self, name: str | None) -> int:
-        if name is None:
-            return NO_ADAPTER
-        if name not in self.adapters:
-            known = ", ".join(self.adapters) or "none: give them to load"
-            raise ValueError(f"adapter {name!r} is unknown; this model has {known}")
-        return self.adapters.index(name)
-
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the model gets it: an empty one is the model's begin- or end-of-text token.
 
@@ -376,6 +293,118 @@ class LLM:
                     raise ValueError(f"prompt holds {token!r}; expected a text or a list of token ids")
             tokens = [int(token) for token in prompt]
         return tokens or ([] if self._start is None else [self._start])
+
+    def logits(self, prompt: Prompt, adapter: str | None = None) -> Float32:
+        """Scores of every possible next token after each token.
+
+        Args:
+            prompt: a text or token ids.
+            adapter: name of the adapter to run with, or None.
+
+        Returns:
+            float32 [T, V].
+
+        Raises:
+            ValueError: a prompt that is too long or holds unknown ids.
+        """
+        which = np.array([self._adapter(adapter)], np.int32)
+        return np.concatenate(
+            [self.model.forward(*call, adapters=which) for call in self._read(self.encode(prompt))]
+        )
+
+    def embed(self, prompt: Prompt, adapter: str | None = None) -> Float32:
+        """A direction that stands for a text: the mean of the hidden states that the head would read, of length 1.
+
+            h = mean over tokens of norm(x)         embedding = h / |h|
+
+        The same text gives the same bits, whatever runs beside it.
+
+        Args:
+            prompt: a text or token ids.
+            adapter: name of the adapter to run with, or None.
+
+        Returns:
+            float32 [D].
+
+        Raises:
+            ValueError: a prompt that is too long or holds unknown ids.
+        """
+        which = np.array([self._adapter(adapter)], np.int32)
+        total_D = np.zeros(self.config.d_model)
+        for call in self._read(self.encode(prompt)):
+            total_D += self.model.forward_hidden(*call, which).sum(axis=0, dtype=np.float64)
+        # The mean has the direction of the sum.
+        return (total_D / (np.linalg.norm(total_D) or 1.0)).astype(np.float32)
+
+    def engine(
+        self,
+        n_blocks: int,
+        prefix_cache: bool = True,
+        max_num_seqs: int | None = None,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+    ) -> Engine:
+        """An engine of one's own, to which texts can be added at any time.
+
+        Args:
+            n_blocks: of BLOCK_TOKENS tokens, in its cache.
+            prefix_cache: compute the first tokens that texts have in common once.
+            max_num_seqs: most texts at once; None: as many as the cache holds.
+            max_step_tokens: most tokens in one forward pass.
+        """
+        return Engine(
+            self.model,
+            self._tokenizer,
+            n_blocks,
+            max_step_tokens,
+            speculation=self._speculation,
+            kv_cache=self.kv_cache,
+            prefix_cache=prefix_cache,
+            max_num_seqs=max_num_seqs,
+        )
+
+    def _read(self, tokens: list[int]) -> Iterator[tuple[Int32, Int32, Int32, Int32, Int32, KvCache]]:
+        """The calls of the model that read a text alone, with a row for every token."""
+        check_tokens(self.config, tokens)
+        n_blocks = -(-len(tokens) // BLOCK_TOKENS)
+        cache = self.model.new_cache(n_blocks, self.kv_cache)
+        table = np.arange(n_blocks, dtype=np.int32).reshape(1, -1)
+        for start in range(0, len(tokens), MAX_STEP_TOKENS):
+            ids = np.array(tokens[start : start + MAX_STEP_TOKENS], np.int32)
+            rows = np.arange(len(ids), dtype=np.int32)
+            yield ids, rows + np.int32(start), np.array([0, len(ids)], np.int32), table, rows, cache
+
+    def _begin(
+        self, prompts: Sequence[Prompt], params: SamplingParams, adapters: Sequence[str | None]
+    ) -> tuple[Engine, list[Generation]]:
+        which = [self._adapter(name) for name in adapters]
+        if len(which) != len(prompts):
+            raise ValueError(
+                f"adapter has {len(which)} names for {len(prompts)} prompts; expected one for each"
+            )
+        if params.grammar is not None and len(prompts) > 1:
+            raise ValueError(
+                f"a grammar follows one text, and there are {len(prompts)} prompts; give them one by one"
+            )
+        encoded = [self.encode(prompt) for prompt in prompts]
+        needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
+        available = available_bytes()
+        if available is not None and (most := max(needs, default=0) * self._block_bytes()) > available:
+            raise MemoryError(
+                f"a text of up to {max(needs) * BLOCK_TOKENS:,} tokens needs {most / 1e9:.1f} GB of keys and values; "
+                f"{available / 1e9:.1f} GB of memory are available: lower max_tokens or shorten the prompt"
+            )
+        n_blocks = min(sum(needs), max(MAX_CACHE_BYTES // self._block_bytes(), *needs, 1))
+        engine = self.engine(max(n_blocks, 1))
+        pairs = zip(encoded, which, strict=True)
+        return engine, [engine.add(tokens, params, adapter) for tokens, adapter in pairs]
+
+    def _adapter(self, name: str | None) -> int:
+        if name is None:
+            return NO_ADAPTER
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none: give them to load"
+            raise ValueError(f"adapter {name!r} is unknown; this model has {known}")
+        return self.adapters.index(name)
 
     def _block_bytes(self) -> int:
         return BLOCK_TOKENS * position_bytes(self.config, self.kv_cache)
@@ -443,7 +472,9 @@ def _pieces(engine: Engine, request: Generation) -> Iterator[Piece]:
 
 
 def _output(request: Generation) -> Output:
-    assert request.finish_reason
+    if request.error:
+        raise request.error
+    assert request.finish_reason and request.finish_reason != "error"
     tokens = request.generated
     first = request.first_token_s - request.started_s
     total = request.last_token_s - request.started_s
@@ -462,4 +493,6 @@ def _output(request: Generation) -> Output:
             accepted=request.accepted,
         ),
         seed=request.seed,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
     )

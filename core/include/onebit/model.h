@@ -83,17 +83,20 @@ class Model {
 
   // logits: float32 [n_rows, vocab_size]; see Head::forward. Callers on several threads take turns. Throws std::bad_alloc.
   void forward(const Batch& batch, KvCache& cache, float* logits);
+  // hidden: float32 [n_rows, d_model], what the head multiplies: the last layer's output after the final norm.
+  void forward_hidden(const Batch& batch, KvCache& cache, float* hidden);
 
  private:
   struct Workspace;
 
+  void run_layers(const Batch& batch, KvCache& cache);
   void reserve(const Batch& batch);
   void embed(const Batch& batch);
   void attention(const Batch& batch, KvCache& cache, int layer);
   void add_biases(const LayerWeights& layer, int n_tokens);
   void norm_heads(const float* gain, int n_heads, float* x) const noexcept;
   void feed_forward(int layer, int first, int n_tokens);
-  void head(const Batch& batch, float* logits);
+  void norm_rows(const Batch& batch, float* h_RD);
   void add_residual(int first, int n_tokens);
 
   ModelConfig config_;

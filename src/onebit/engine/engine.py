@@ -16,19 +16,23 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from onebit.config import ModelConfig
-from onebit.engine.blocks import BlockPool
+from onebit.engine.blocks import ROOT, BlockPool
+from onebit.engine.logits import change, token_logprobs
 from onebit.engine.model import BLOCK_TOKENS, Float32, Int32, Model, sample
-from onebit.engine.sampling import SamplingParams, random_seed
-from onebit.engine.scheduler import Batch, Request, Scheduler
+from onebit.engine.sampling import SamplingParams, TokenLogprobs, random_seed
+from onebit.engine.scheduler import Batch, Request, Scheduler, Slice
 from onebit.engine.speculation import Lookup, Speculation
 from onebit.engine.tokenizer import Detokenizer, Tokenizer
 
 # Tokens of one forward pass: enough to keep every thread busy, few enough that other texts do not wait long.
 MAX_STEP_TOKENS = 512
+# Most of them of prompts whose every token gives a row of logits, which takes 0.5 MB for a vocabulary of 128 thousand.
+MAX_PROMPT_ROWS = 128
 # One in so many steps without guesses is timed.
 TIMED_STEPS = 16
 NO_DRAFTS: list[int] = []
 NO_ADAPTER = -1
+NO_TOKEN = -1
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,7 +49,11 @@ class Generation(Request):
         ids: int32, the tokens once more, as the core reads them, with room for those to come.
         lookup: guesses the next tokens; None without speculation.
         adapter: which of the model's adapters the text runs with.
-        finish_reason: None until the text has ended.
+        finish_reason: None until the text has ended; "error" if it could not go on.
+        error: why it could not.
+        logprobs: of every token generated, if params ask for them.
+        prompt_logprobs: of the tokens of the prompt, as far as it is read, if params ask for them; None for the first,
+            which follows nothing.
         drafted: guesses that were computed, and of these accepted: those that were right.
         started_s: when the request was made, on the monotonic clock; likewise first_token_s and last_token_s.
     """
@@ -59,7 +67,10 @@ class Generation(Request):
     ids: Int32
     lookup: Lookup | None
     adapter: int = NO_ADAPTER
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "error"] | None = None
+    error: Exception | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     started_s: float = 0.0
@@ -84,12 +95,49 @@ class Generation(Request):
 
 
 class Step(NamedTuple):
-    """One more token of a request, the text that is certain since, and whether it is the last."""
+    """One more token of a request, or the news that it could not go on.
+
+    Args:
+        request: which one.
+        token: what was drawn; NO_TOKEN after an error.
+        text: what is certain of the text since.
+        is_last: whether the request has ended.
+        logprobs: of the token, if they are asked for; else empty.
+    """
 
     request: Generation
     token: int
     text: str
     is_last: bool
+    logprobs: list[TokenLogprobs]
+
+
+class EngineStats(NamedTuple):
+    """What an engine does now, and what it has done since it was made.
+
+    Args:
+        running: requests that hold blocks.
+        waiting: requests that hold none yet, or none any more.
+        blocks_total: blocks of the cache.
+        blocks_used: blocks that running requests hold.
+        blocks_cached: blocks that nobody holds and whose contents can still be found; they count as free.
+        prefix_query_tokens: tokens of requests at the time they began, or began anew after they lost their blocks.
+        prefix_hit_tokens: those of them that did not have to be computed.
+        preemptions: how often a request lost its blocks to an older one.
+        steps: forward passes.
+        step_tokens: tokens computed in them, guesses included.
+    """
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    steps: int
+    step_tokens: int
 
 
 class Engine:
@@ -103,6 +151,12 @@ class Engine:
         speculation: guesses tokens ahead, to compute several of a text in one step; None goes one by one. The
             tokens are the same.
         kv_cache: number format of keys and values.
+        prefix_cache: compute the first tokens that texts have in common once, 64 at a time, for as long as nobody needs
+            the memory. The tokens are the same.
+        max_num_seqs: most texts at once; more wait. None: as many as the cache holds.
+
+    Raises:
+        ValueError: max_num_seqs below 1.
     """
 
     def __init__(
@@ -113,14 +167,20 @@ class Engine:
         max_step_tokens: int = MAX_STEP_TOKENS,
         speculation: Speculation | None = None,
         kv_cache: str = "bf16",
+        prefix_cache: bool = True,
+        max_num_seqs: int | None = None,
     ) -> None:
+        if max_num_seqs is not None and max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs is {max_num_seqs}; expected at least 1, or None")
         self.pool = BlockPool(n_blocks, BLOCK_TOKENS)
         self._model = model
         self._tokenizer = tokenizer
         self._speculation = speculation
         self._cache = model.new_cache(n_blocks, kv_cache)
-        self._scheduler: Scheduler[Generation] = Scheduler(self.pool, max_step_tokens)
-        self._n_steps = self._next_draft = 0
+        self._scheduler: Scheduler[Generation] = Scheduler(
+            self.pool, max_step_tokens, min(max_step_tokens, MAX_PROMPT_ROWS), max_num_seqs, prefix_cache
+        )
+        self._n_steps = self._n_step_tokens = self._next_draft = 0
         # What a step hands to the core; filled anew for each.
         self._numbers = np.arange(max(model.config.max_seq_len, max_step_tokens), dtype=np.int32)
         self._tokens = np.empty(max_step_tokens, np.int32)
@@ -142,7 +202,7 @@ class Engine:
 
         Raises:
             ValueError: see `count_positions`; stop strings for a model without tokenizer; a text that may
-                outgrow the whole cache.
+                outgrow the whole cache; a logit_bias of a token outside the vocabulary.
         """
         n_positions = count_positions(self._model.config, prompt, params)
         if self.pool.count(n_positions) > self.pool.n_blocks:
@@ -150,6 +210,10 @@ class Engine:
             raise ValueError(f"prompt and max_tokens need {n_positions} positions; the cache holds {most}")
         if params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which this model does not have")
+        for token in params.logit_bias or ():
+            if token >= self._model.config.vocab_size:
+                size = self._model.config.vocab_size
+                raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {size}")
         tokens = [int(token) for token in prompt]
         ids = np.empty(n_positions + 1, np.int32)
         ids[: len(tokens)] = tokens
@@ -162,8 +226,12 @@ class Engine:
             seed=random_seed() if params.seed is None else params.seed,
             detokenizer=Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None,
             ids=ids,
-            lookup=Lookup(tokens) if self._speculation else None,
+            # What changes logits counts on one token after the other.
+            lookup=Lookup(tokens) if self._speculation and not params.changes_logits else None,
             adapter=adapter,
+            root=ROOT if adapter == NO_ADAPTER else ROOT - 1 - adapter,
+            prompt_logprobs=[] if params.prompt_logprobs is None else [None],
+            reads_all=params.prompt_logprobs is not None and len(tokens) > 1,
             started_s=time.perf_counter(),
         )
         self._scheduler.add(request)
@@ -179,6 +247,24 @@ class Engine:
         if request in self._scheduler.requests:
             self._scheduler.remove(request)
 
+    @property
+    def stats(self) -> EngineStats:
+        """Counts of requests, blocks and tokens."""
+        scheduler, pool = self._scheduler, self.pool
+        running = sum(bool(request.blocks) for request in scheduler.requests)
+        return EngineStats(
+            running=running,
+            waiting=len(scheduler.requests) - running,
+            blocks_total=pool.n_blocks,
+            blocks_used=pool.n_blocks - pool.n_free,
+            blocks_cached=pool.n_cached,
+            prefix_query_tokens=scheduler.n_queried,
+            prefix_hit_tokens=scheduler.n_found,
+            preemptions=scheduler.n_preempted,
+            steps=self._n_steps,
+            step_tokens=self._n_step_tokens,
+        )
+
     def run(self) -> Iterator[Step]:
         """Step until every request has ended."""
         while self._scheduler.requests:
@@ -190,11 +276,11 @@ class Engine:
     def step(self) -> list[Step]:
         """Run the model once.
 
+        A request that cannot go on, for its grammar or for logits that are no numbers, ends with an error; the others
+        do not notice.
+
         Returns:
             The new tokens: one of each request that has read its prompt, and more where guesses were right.
-
-        Raises:
-            ValueError: logits that are no numbers, ...; the requests of the step are gone then.
         """
         if self._speculation and self._n_steps >= self._next_draft:
             self._draft(self._speculation)
@@ -207,14 +293,14 @@ class Engine:
             steps: list[Step] = []
             row = 0
             for part in batch:
-                if part.is_last:
-                    n_rows = 1 + part.n_drafts
-                    self._extend(part.request, logits_RV[row : row + n_rows], steps)
-                    row += n_rows
+                rows = logits_RV[row : row + _n_rows(part)]
+                row += len(rows)
+                self._read_rows(part, rows, steps)
             return steps
         except BaseException:
-            # What the cache holds of these texts is no longer known.
+            # What the cache holds of these tokens is not known.
             for part in batch:
+                part.request.n_computed = min(part.request.n_computed, part.start)
                 self.cancel(part.request)
             raise
 
@@ -238,12 +324,13 @@ class Engine:
                     self._next_draft = self._n_steps + 1
 
     def _forward(self, batch: Batch[Generation]) -> Float32:
-        """Compute a batch; returns the logits of the last token of each part that is_last, and of its drafts."""
+        """Compute a batch; returns the logits of the last `_n_rows` tokens of each part."""
         self._make_room(len(batch), max(len(part.request.blocks) for part in batch))
         numbers, starts = self._numbers, self._starts
         n_tokens = n_rows = 0
         is_decoding = self._speculation is not None
-        for i, (request, start, stop, n_drafts) in enumerate(batch):
+        for i, part in enumerate(batch):
+            request, start, stop, n_drafts = part
             begin = n_tokens
             self._tables[i, : len(request.blocks)] = request.blocks
             self._adapters[i] = request.adapter
@@ -259,11 +346,12 @@ class Engine:
                 self._positions[begin:n_tokens] = numbers[start:end]
                 is_decoding = is_decoding and stop - start == 1
             starts[i + 1] = n_tokens
-            if stop == len(request.tokens):
-                self._top_k[n_rows : n_rows + 1 + n_drafts] = request.n_best
-                for row in range(n_tokens - 1 - n_drafts, n_tokens):
+            if more_rows := _n_rows(part):
+                self._top_k[n_rows : n_rows + more_rows] = request.n_best
+                for row in range(n_tokens - more_rows, n_tokens):
                     self._rows[n_rows] = row
                     n_rows += 1
+        self._n_step_tokens += n_tokens
         # A few steps without guesses suffice to compare with.
         is_timed = is_decoding and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
         if len(self._logits) < n_rows:
@@ -292,10 +380,32 @@ class Engine:
             self._starts = np.zeros(n_seqs + 1, np.int32)
             self._adapters = np.full(n_seqs, NO_ADAPTER, np.int32)
 
+    def _read_rows(self, part: Slice[Generation], logits_RV: Float32, steps: list[Step]) -> None:
+        """Take from the logits of a part what is wanted of the prompt, then the next tokens."""
+        request = part.request
+        n_drawn = 1 + part.n_drafts if part.is_last else 0
+        try:
+            n_top = request.params.prompt_logprobs
+            for logits_V in logits_RV[: len(logits_RV) - n_drawn]:
+                assert n_top is not None
+                token = request.tokens[len(request.prompt_logprobs)]
+                request.prompt_logprobs.append(token_logprobs(logits_V, token, n_top))
+            if n_drawn:
+                request.reads_all = False
+                self._extend(request, logits_RV[len(logits_RV) - n_drawn :], steps)
+        except Exception as error:
+            self.cancel(request)
+            request.error, request.finish_reason = error, "error"
+            steps.append(Step(request, NO_TOKEN, "", True, []))
+
     def _extend(self, request: Generation, logits_RV: Float32, steps: list[Step]) -> None:
         """Draw the next token of a request, and go on for as long as its drafts are right."""
         params = request.params
         n_drafts = len(logits_RV) - 1
+        plain_RV = logits_RV
+        if params.changes_logits:
+            plain_RV = logits_RV if params.logprobs is None else logits_RV.copy()
+            change(logits_RV[0], params, request.ids[request.n_prompt : len(request.tokens)], request)
         drawn = sample(
             logits_RV,
             request.ids[: len(request.tokens) + n_drafts],
@@ -311,17 +421,21 @@ class Engine:
         request.first_token_s = request.first_token_s or request.last_token_s
         request.drafted += n_drafts
         request.accepted -= 1
-        for token in drawn:
+        for token, plain_V in zip(drawn, plain_RV, strict=False):
+            # What was accepted is in the cache; the next step overwrites what was not.
+            request.n_computed = len(request.tokens)
             request.ids[len(request.tokens)] = token
             request.tokens.append(token)
             request.accepted += 1
+            logprobs = [] if params.logprobs is None else [token_logprobs(plain_V, token, params.logprobs)]
+            request.logprobs += logprobs
+            if params.grammar is not None:
+                params.grammar.accept(token)
             text, is_last = self._read(request, token)
-            steps.append(Step(request, token, text, is_last))
+            steps.append(Step(request, token, text, is_last, logprobs))
             if is_last:
                 self._scheduler.remove(request)
                 break
-        # What was accepted is in the cache; the next step overwrites what was not.
-        request.n_computed = len(request.tokens) - 1
 
     def _read(self, request: Generation, token: int) -> tuple[str, bool]:
         """The text that a new token makes certain, and whether it ends the whole."""
@@ -338,6 +452,15 @@ class Engine:
         if is_end or is_full:
             request.finish_reason = "stop" if is_end else "length"
         return text, is_end or is_full
+
+
+def _n_rows(part: Slice[Generation]) -> int:
+    """How many logits of a part are wanted, those of its last tokens."""
+    if part.request.reads_all:
+        # What is told already was read before the request lost its blocks.
+        first = max(part.start, len(part.request.prompt_logprobs) - 1)
+        return max(part.stop - first, 0) + part.n_drafts
+    return 1 + part.n_drafts if part.is_last else 0
 
 
 def count_positions(config: ModelConfig, prompt: Sequence[int], params: SamplingParams) -> int:

@@ -144,6 +144,30 @@ class Model:
         self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache, out, adapters)
         return out
 
+    def forward_hidden(
+        self,
+        tokens: Int32,
+        positions: Int32,
+        seq_starts: Int32,
+        block_tables: Int32,
+        rows: Int32,
+        cache: KvCache,
+        adapters: Int32,
+    ) -> Float32:
+        """Run sequences as `forward` does, with its arguments, and return what the head would multiply.
+
+        That is the output of the last layer after the final norm.
+
+        Returns:
+            float32 [R, D].
+
+        Raises:
+            ValueError: an array of another dtype or shape, or a value out of range.
+        """
+        out = np.empty((len(rows), self.config.d_model), np.float32)
+        self._core.forward_hidden(tokens, positions, seq_starts, block_tables, rows, cache, out, adapters)
+        return out
+
 
 def sample(
     logits_RV: Float32,

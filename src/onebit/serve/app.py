@@ -8,6 +8,7 @@ import base64
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
     with runner.reserve(len(inputs)):
         tokens = await service.work(lambda: [_encode(place, given, "input") for given in inputs])
         # One by one: between two of them running streams take their steps.
-        vectors = [await runner.call(lambda one=one: llm.embed(one, adapter=place.adapter)) for one in tokens]
+        vectors = [await runner.call(partial(llm.embed, one, place.adapter)) for one in tokens]
     record.prompt_tokens = sum(map(len, tokens))
     data = []
     for index, vector in enumerate(vectors):

@@ -115,7 +115,7 @@ class _EngineCollector(Collector):
         self.engines: dict[str, Engine] = {}
 
     def collect(self) -> Iterator[Metric]:
-        stats = {model: engine.stats for model, engine in self.engines.items() if hasattr(engine, "stats")}
+        stats = {model: engine.stats for model, engine in self.engines.items()}
         for family, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for field, (name, text) in table.items():
                 metric = family(f"onebit_{name}", text, labels=["model"])

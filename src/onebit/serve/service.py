@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from onebit.engine.engine import MAX_STEP_TOKENS, NO_ADAPTER
+from onebit.engine.memory import position_bytes
 from onebit.engine.model import BLOCK_TOKENS
 from onebit.engine.sampling import SamplingParams
 from onebit.serve.grammar import Grammar, GrammarError, Vocabulary
@@ -68,7 +69,16 @@ class Served:
         self.name = name
         self.llm = llm
         self.created = int(time.time())
-        engine = llm.engine(options.cache_bytes, options.max_batched_tokens)
+        block_bytes = BLOCK_TOKENS * position_bytes(llm.config, llm.kv_cache)
+        n_blocks = options.cache_bytes // block_bytes
+        if n_blocks < 1:
+            raise ValueError(
+                f"{options.cache_bytes:,} bytes are too few for keys and values of {name}; "
+                f"a block of the cache takes {block_bytes:,}"
+            )
+        engine = llm.engine(
+            n_blocks, max_num_seqs=options.max_num_seqs, max_step_tokens=options.max_batched_tokens
+        )
         most = min(llm.config.max_seq_len, engine.pool.n_blocks * BLOCK_TOKENS)
         self.context = min(options.context or most, most)
         capacity = options.max_num_seqs + options.max_queue

@@ -1,0 +1,74 @@
+"""Logits on their way to a draw: what a text and its user change of them, and logarithms of probabilities.
+
+Rows are changed in place. The core draws the token.
+
+    told = token_logprobs(logits_V, token, n_top=5)
+    change(logits_V, params, generated, request)
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onebit.engine.model import Float32, Int32
+from onebit.engine.sampling import SamplingParams, TokenLogprobs
+
+
+def change(logits_V: Float32, params: SamplingParams, generated: Int32, request: Any) -> None:
+    """Apply logit_bias, presence_penalty, frequency_penalty and grammar to one row.
+
+        logit += logit_bias - presence_penalty * (count > 0) - frequency_penalty * count;  -infinity where not allowed
+
+    Args:
+        logits_V: float32 [V], changed in place.
+        params: of the text.
+        generated: int32, the tokens after the prompt, which are counted.
+        request: handed to the grammar.
+
+    Raises:
+        ValueError: a grammar that allows no token.
+    """
+    for token, bias in (params.logit_bias or {}).items():
+        logits_V[token] += np.float32(bias)
+    if params.presence_penalty or params.frequency_penalty:
+        ids, counts = np.unique(generated, return_counts=True)
+        penalties = params.presence_penalty + params.frequency_penalty * counts
+        logits_V[ids] -= penalties.astype(np.float32)
+    if params.grammar is not None:
+        mask = _as_bool(params.grammar.mask(request))[: len(logits_V)]
+        if not mask.any():
+            raise ValueError(
+                "the grammar allows no token to follow; a finished one must allow the end-of-text token"
+            )
+        logits_V[: len(mask)][~mask] = -np.inf
+        logits_V[len(mask) :] = -np.inf
+
+
+def _as_bool(mask: npt.NDArray[np.bool_] | npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    if mask.dtype == np.bool_:
+        return mask.astype(np.bool_, copy=False)
+    # The bytes of little-endian numbers lie in the order of their bits.
+    return np.unpackbits(mask.astype("<u4", copy=False).view(np.uint8), bitorder="little").astype(np.bool_)
+
+
+def token_logprobs(logits_V: Float32, token: int, n_top: int) -> TokenLogprobs:
+    """How likely a token is, and the n_top most likely ones.
+
+        logprob = logit - log(sum(exp(logits)))         in float64
+
+    Args:
+        logits_V: float32 [V], as the model gives them.
+        token: whose logprob is wanted.
+        n_top: most likely tokens to name.
+    """
+    largest = float(logits_V.max())
+    log_sum = largest + float(np.log(np.exp(logits_V.astype(np.float64) - largest).sum()))
+    top: list[tuple[int, float]] = []
+    if n_top := min(n_top, len(logits_V)):
+        # As many as share the last place are candidates; equal ones rank by their ids.
+        worst = np.partition(logits_V, -n_top)[-n_top]
+        ids = np.flatnonzero(logits_V >= worst)
+        ids = ids[np.argsort(-logits_V[ids], kind="stable")][:n_top]
+        top = [(int(i), float(logits_V[i]) - log_sum) for i in ids]
+    return TokenLogprobs(token, float(logits_V[token]) - log_sum, top)
