@@ -82,7 +82,7 @@ class Vocabulary:
             self._bytes[token] = self._tokenizer.decode_bytes([token])
         return self._bytes[token]
 
-    def from_schema(self, schema: dict[str, Any] | bool) -> Grammar:
+    def from_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that fits a schema.
 
         Raises:
