@@ -113,7 +113,6 @@ HOSTILE = {
     "long": {"type": "array", "items": {"type": "string"}, "minItems": 100_000},
     "wide": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
     "huge": {"enum": [f"x{i}" for i in range(200_000)]},
-    "nothing": False,
     "never": {"allOf": [{"type": "string"}, {"type": "integer"}]},
     "remote": {"$ref": "https://example.com/schema.json"},
     "file": {"$ref": "file:///etc/passwd"},
