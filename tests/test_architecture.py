@@ -26,7 +26,7 @@ LAYERS = [
     {"parts"},
     {"formats", "_core"},
     {"nn", "engine"},
-    {"train", "llm", "conversion"},
+    {"train", "llm", "conversion", "serve"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.
@@ -42,6 +42,12 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli", "train"},
     "huggingface_hub": {"formats"},
+    "fastapi": {"serve"},
+    "starlette": {"serve"},
+    "pydantic": {"serve"},
+    "uvicorn": {"serve"},
+    "prometheus_client": {"serve"},
+    "llguidance": {"serve"},
 }
 
 MAX_LINES = 700

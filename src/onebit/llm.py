@@ -276,6 +276,24 @@ class LLM:
         """
         return self.generate(self.tokenizer.encode_chat(messages), params, adapter, **sampling)
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as the model gets it: an empty one is the model's begin- or end-of-text token.
+
+        Args:
+            prompt: a text or token ids.
+
+        Raises:
+            ValueError: neither of the two, or a text for a model without tokenizer.
+        """
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        else:
+            for token in _items(prompt):
+                if not isinstance(token, Integral):
+                    raise ValueError(f"prompt holds {token!r}; expected a text or a list of token ids")
+            tokens = [int(token) for token in prompt]
+        return tokens or ([] if self._start is None else [self._start])
+
     def logits(self, prompt: Prompt, adapter: str | None = None) -> Float32:
         """Scores of every possible next token after each token.
 
@@ -291,7 +309,7 @@ class LLM:
         """
         which = np.array([self._adapter(adapter)], np.int32)
         return np.concatenate(
-            [self.model.forward(*call, adapters=which) for call in self._read(self._encode(prompt))]
+            [self.model.forward(*call, adapters=which) for call in self._read(self.encode(prompt))]
         )
 
     def embed(self, prompt: Prompt, adapter: str | None = None) -> Float32:
@@ -313,7 +331,7 @@ class LLM:
         """
         which = np.array([self._adapter(adapter)], np.int32)
         total_D = np.zeros(self.config.d_model)
-        for call in self._read(self._encode(prompt)):
+        for call in self._read(self.encode(prompt)):
             total_D += self.model.forward_hidden(*call, which).sum(axis=0, dtype=np.float64)
         # The mean has the direction of the sum.
         return (total_D / (np.linalg.norm(total_D) or 1.0)).astype(np.float32)
@@ -368,7 +386,7 @@ class LLM:
             raise ValueError(
                 f"a grammar follows one text, and there are {len(prompts)} prompts; give them one by one"
             )
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         needs = [-(-count_positions(self.config, tokens, params) // BLOCK_TOKENS) for tokens in encoded]
         available = available_bytes()
         if available is not None and (most := max(needs, default=0) * self._block_bytes()) > available:
@@ -388,16 +406,6 @@ class LLM:
             known = ", ".join(self.adapters) or "none: give them to load"
             raise ValueError(f"adapter {name!r} is unknown; this model has {known}")
         return self.adapters.index(name)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        else:
-            for token in _items(prompt):
-                if not isinstance(token, Integral):
-                    raise ValueError(f"prompt holds {token!r}; expected a text or a list of token ids")
-            tokens = [int(token) for token in prompt]
-        return tokens or ([] if self._start is None else [self._start])
 
     def _block_bytes(self) -> int:
         return BLOCK_TOKENS * position_bytes(self.config, self.kv_cache)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "train", "distill", "tune", "convert", "info")
+VERBS = ("run", "serve", "train", "distill", "tune", "convert", "info")
 
 
 class _Verbs(TyperGroup):
@@ -107,4 +107,6 @@ def say(message: str) -> None:
 def _missing(error: ImportError) -> str:
     if error.name in ("torch", "matplotlib"):
         return f'{error.name} is not installed; training needs it: pip install "onebit[train]"'
+    if error.name in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "pydantic", "starlette"):
+        return f'{error.name} is not installed; the server needs it: pip install "onebit[serve]"'
     return f"{error}; reinstall with: pip install onebit"

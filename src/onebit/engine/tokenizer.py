@@ -57,6 +57,11 @@ class Tokenizer:
         """One more than the largest token id, of special ones too."""
         return 1 + max(self._tokenizer.get_vocab().values(), default=-1)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n tokens has at most n times as many."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text, after the model's begin-of-sequence token if it has one.
 
@@ -100,12 +105,18 @@ class Tokenizer:
         """
         return self._encode(self.render_chat(messages))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """A conversation as the chat template writes it.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
             add_generation_prompt: end where the assistant's answer begins.
+            tools: what the model may call, as its template knows them.
 
         Raises:
             ValueError: see `encode_chat`.
@@ -119,8 +130,8 @@ class Tokenizer:
             text: str = self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
+                tools=tools and list(tools),
                 # Asked for by templates that know them, as nothing.
-                tools=None,
                 documents=None,
                 bos_token=self._written(self.bos_token),
                 eos_token=self._written(self.eos_token),

@@ -1,0 +1,1 @@
+"""An HTTP server with the API of OpenAI, for models that are loaded already."""

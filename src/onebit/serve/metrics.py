@@ -1,0 +1,124 @@
+"""What the server counts, in the text format of Prometheus.
+
+Counters of the engine are read when somebody asks; times are observed as they happen.
+
+    metrics = Metrics()
+    meter = metrics.meter("stories", engine)
+    metrics.text()
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from onebit.engine.engine import Engine
+
+FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+INTERVAL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+# Fields of the engine's statistics, and what they are called outside.
+GAUGES = {
+    "running": ("texts_running", "Texts that the engine is computing"),
+    "waiting": ("texts_waiting", "Texts that wait for room in a batch or in the cache"),
+    "blocks_total": ("kv_blocks", "Blocks of the key-value cache"),
+    "blocks_used": ("kv_blocks_used", "Blocks that texts hold"),
+    "blocks_cached": ("kv_blocks_cached", "Blocks that nobody holds and that are kept for their prefix"),
+}
+COUNTERS = {
+    "prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens that were looked up in the prefix cache"),
+    "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens that were found there"),
+    "preemptions": ("preemptions", "Texts that gave up their blocks to be computed again"),
+    "steps": ("engine_steps", "Forward passes"),
+    "step_tokens": ("engine_step_tokens", "Tokens in forward passes"),
+}
+
+
+class Meter:
+    """What happens with one model."""
+
+    def __init__(self, metrics: "Metrics", model: str) -> None:
+        self.interval = metrics.interval.labels(model)
+        self.failed_steps = metrics.failed_steps.labels(model)
+        self.batch = metrics.batch.labels(model)
+        self.tokens = metrics.completion_tokens.labels(model)
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._engines = _EngineCollector()
+        registry.register(self._engines)
+        self.requests = Counter(
+            "onebit_requests", "Requests answered", ["path", "model", "outcome"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "onebit_prompt_tokens", "Tokens of prompts", ["model"], registry=registry
+        )
+        self.completion_tokens = Counter(
+            "onebit_completion_tokens", "Tokens generated", ["model"], registry=registry
+        )
+        self.first_token = Histogram(
+            "onebit_time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            ["model"],
+            buckets=FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self.interval = Histogram(
+            "onebit_inter_token_seconds",
+            "Between two tokens of a text",
+            ["model"],
+            buckets=INTERVAL_S,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "onebit_request_seconds",
+            "From a request's arrival to the end of its answer",
+            ["model"],
+            buckets=REQUEST_S,
+            registry=registry,
+        )
+        self.batch = Histogram(
+            "onebit_batch_texts",
+            "Texts that got a token in a step",
+            ["model"],
+            buckets=TEXTS,
+            registry=registry,
+        )
+        self.failed_steps = Counter(
+            "onebit_failed_steps", "Forward passes that failed", ["model"], registry=registry
+        )
+        self.lost_log_lines = Counter(
+            "onebit_lost_log_lines", "Lines that could not be written to the log", registry=registry
+        )
+
+    def meter(self, model: str, engine: Engine) -> Meter:
+        """Watch an engine under the name of its model."""
+        self._engines.engines[model] = engine
+        return Meter(self, model)
+
+    def text(self) -> bytes:
+        """All figures, as Prometheus reads them."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the statistics of all engines when somebody asks."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, Engine] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        stats = {model: engine.stats for model, engine in self.engines.items()}
+        for family, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for field, (name, text) in table.items():
+                metric = family(f"onebit_{name}", text, labels=["model"])
+                for model, values in stats.items():
+                    metric.add_metric([model], getattr(values, field))
+                yield metric
