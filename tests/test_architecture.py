@@ -27,6 +27,7 @@ LAYERS = [
     {"formats", "_core"},
     {"nn", "engine"},
     {"train", "llm", "conversion"},
+    {"eval"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.
@@ -41,6 +42,8 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli", "train"},
     "huggingface_hub": {"formats"},
+    "lm_eval": {"eval"},
+    "datasets": {"eval"},
 }
 
 MAX_LINES = 700

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "train", "distill", "tune", "convert", "info")
+VERBS = ("run", "train", "distill", "tune", "eval", "convert", "info")
 
 
 class _Verbs(TyperGroup):
@@ -96,4 +96,6 @@ def _fail(message: str) -> int:
 def _missing(error: ImportError) -> str:
     if error.name in ("torch", "matplotlib"):
         return f'{error.name} is not installed; training needs it: pip install "onebit[train]"'
+    if error.name in ("lm_eval", "datasets"):
+        return f'{error.name} is not installed; tasks need it: pip install "onebit[eval]"'
     return f"{error}; reinstall with: pip install onebit"
