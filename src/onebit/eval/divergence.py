@@ -4,6 +4,7 @@ reference = answers(Scorer(teacher), text, windows, keep=256)
 divergence(Scorer(student), text, windows, reference)
 """
 
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def read(path: Path) -> Answers | None:
     try:
         with np.load(path, allow_pickle=False) as kept:
             return Answers(**{name: kept[name] for name in Answers.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         # Absent, or cut short: they are only a copy.
         return None
 

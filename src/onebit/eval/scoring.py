@@ -9,6 +9,7 @@ few-shot prompt once.
     scores = scorer.score([([1, 2, 3], [4, 5]), ([1, 2, 3], [6])])
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -109,17 +110,17 @@ class Scorer:
                 raise ValueError(f"a text has {len(text)} tokens; expected 1 to {self.config.max_seq_len}")
         if not texts:
             return
-        order = sorted(range(len(texts)), key=lambda i: texts[i].tolist())
-        pairs = zip([order[0], *order[:-1]], order, strict=True)
-        n_new = sum(len(texts[i]) - min(_n_common(texts[before], texts[i]), firsts[i]) for before, i in pairs)
-        # As many lanes as fill a pass: every one more would read once more what texts have in common.
-        n_lanes = -(-MAX_STEP_TOKENS * len(texts) // max(n_new, 1))
-        self._make_lanes(max(map(len, texts)), min(n_lanes, len(texts), MAX_LANES))
-        stretches = [list(part) for part in np.array_split(order, len(self._lanes))]
-        for step in range(len(stretches[0])):
-            turn = [
-                (lane, int(s[step])) for lane, s in zip(self._lanes, stretches, strict=True) if step < len(s)
-            ]
+        groups, n_new = _groups(texts, firsts)
+        # As many lanes as fill a pass.
+        n_lanes = min(-(-MAX_STEP_TOKENS * len(texts) // n_new), len(groups), MAX_LANES)
+        self._make_lanes(max(map(len, texts)), n_lanes)
+        bounds = np.linspace(0, len(groups), len(self._lanes) + 1).astype(int)
+        stretches = [
+            [i for group in groups[begin:end] for i in group]
+            for begin, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        for step in range(max(map(len, stretches))):
+            turn = [(lane, s[step]) for lane, s in zip(self._lanes, stretches, strict=True) if step < len(s)]
             yield from self._read([(lane, i, texts[i], firsts[i]) for lane, i in turn])
 
     def _make_lanes(self, n_tokens: int, n_lanes: int) -> None:
@@ -194,6 +195,20 @@ def log_sums(logits_RV: Float32) -> Float64:
         of_exp = np.exp(x - top).sum(axis=1, dtype=np.float64)
         sums[begin : begin + SUM_ROWS] = top[:, 0] + np.log(of_exp)
     return sums
+
+
+def _groups(texts: Sequence[Int32], firsts: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Texts in order, those that have half of themselves in common with the one before in one group; and all new tokens."""
+    order = sorted(range(len(texts)), key=lambda i: texts[i].tolist())
+    groups, n_new = [[order[0]]], len(texts[order[0]])
+    for before, i in itertools.pairwise(order):
+        n_known = min(_n_common(texts[before], texts[i]), firsts[i])
+        n_new += len(texts[i]) - n_known
+        if 2 * n_known > len(texts[i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups, n_new
 
 
 def _n_common(a: Int32, b: Int32) -> int:
