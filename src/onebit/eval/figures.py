@@ -114,7 +114,9 @@ def _wilson(figure: Figure, n: float) -> Figure:
     p = figure.value
     centre, scale = p + Z * Z / (2 * n), 1 + Z * Z / n
     half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return figure._replace(low=max((centre - half) / scale, 0.0), high=min((centre + half) / scale, 1.0))
+    # Rounding must not leave the value itself outside.
+    low, high = min((centre - half) / scale, p), max((centre + half) / scale, p)
+    return figure._replace(low=max(low, 0.0), high=min(high, 1.0))
 
 
 def bootstrap(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float], draws: int = 200) -> Figure:

@@ -198,7 +198,7 @@ def log_sums(logits_RV: Float32) -> Float64:
 
 
 def _groups(texts: Sequence[Int32], firsts: Sequence[int]) -> tuple[list[list[int]], int]:
-    """Texts in order, those that have half of themselves in common with the one before in one group; and all new tokens."""
+    """Texts in order, in one group those that share half of themselves with the one before; and all new tokens."""
     order = sorted(range(len(texts)), key=lambda i: texts[i].tolist())
     groups, n_new = [[order[0]]], len(texts[order[0]])
     for before, i in itertools.pairwise(order):
