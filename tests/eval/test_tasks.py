@@ -131,14 +131,17 @@ def test_every_kind_of_task_runs(name, data, lm):
     result = tasks.run(lm, chosen)
     assert result.n_items == result.n_all == sum(len(task.eval_docs) for task in chosen.tasks)
     assert all(figure.low <= figure.value <= figure.high for figure in result.metrics.values())
-    assert set(result.metrics) == {
-        "lambada": {"perplexity", "acc"},
-        "hellaswag": {"acc", "acc_norm"},
-        "mmlu": {"acc"},
-        "blimp": {"acc"},
-        "gsm8k": {"exact_match, strict-match", "exact_match, flexible-extract"},
-        "triviaqa": {"exact_match"},
-    }[name]
+    assert (
+        set(result.metrics)
+        == {
+            "lambada": {"perplexity", "acc"},
+            "hellaswag": {"acc", "acc_norm"},
+            "mmlu": {"acc"},
+            "blimp": {"acc"},
+            "gsm8k": {"exact_match, strict-match", "exact_match, flexible-extract"},
+            "triviaqa": {"exact_match"},
+        }[name]
+    )
     assert len(result.tasks) == (2 if name in ("mmlu", "blimp") else 0)
     # Examples are drawn for one of them, as often as there are seeds.
     assert (len(result.seeds), len(result.by_seed)) == ((3, 3) if name == "gsm8k" else (0, 0))
@@ -200,7 +203,9 @@ def test_half_a_file_is_refused(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir()
     task = next(
-        task for task in local.READERS if task.replace("_", "").startswith(name.partition("/")[0].replace("_", ""))
+        task
+        for task in local.READERS
+        if task.replace("_", "").startswith(name.partition("/")[0].replace("_", ""))
     )
     task = "arc_challenge" if "Challenge" in name else task
     (tmp_path / "piqa").mkdir(exist_ok=True)
