@@ -16,8 +16,8 @@ from onebit.llm import LLM
 
 STORY = "Once upon a time there was a little girl"
 ARC = (
-    "Please choose the correct answer to the question: Who ran?\n\nAnswer1: the dog Answer2: a red ball Answer3: Lily\n\n"
-    "Answer format: answer1/answer2/answer3"
+    "Please choose the correct answer to the question: Who ran?\n\n"
+    "Answer1: the dog Answer2: a red ball Answer3: Lily\n\nAnswer format: answer1/answer2/answer3"
 )
 HELLASWAG = "Dog: The dog ran. it\n1\nslept.\nran home.\nwas red.\nplayed.\n"
 
@@ -39,7 +39,7 @@ def tar(**files) -> bytes:
 FILES = {
     "lambada/lambada_test.jsonl": lines({"text": f"{STORY} named Lily"}, {"text": "The dog\u2028ran to the park"}),
     "hellaswag/hellaswag_val_full.txt": 3 * HELLASWAG,
-    "piqa/valid.jsonl": lines({"goal": "play", "sol1": "run", "sol2": "sleep"}, {"goal": "g", "sol1": "a", "sol2": "b"}),
+    "piqa/valid.jsonl": lines({"goal": "play", "sol1": "run", "sol2": "sleep"}, {"goal": "", "sol1": "a", "sol2": "b"}),
     "piqa/valid-labels.lst": "1\n0\n",
     "boolq/boolq.llm-foundry.jsonl": lines(
         {"query": "Passage: A.\nQuestion: B?\nQuestion: is it?", "choices": ["no", "yes"], "gold": 1}
