@@ -164,26 +164,45 @@ def test_requests_longer_than_the_context_are_counted(data):
     assert tasks.run(lm, tasks.choose(["blimp"], data)[0]).n_cut < 12
 
 
-def test_answers_that_are_kept_are_not_asked_again(data, lm, monkeypatch):
+def test_answers_that_are_kept_are_not_asked_again(data, monkeypatch):
     monkeypatch.setattr(tasks, "REQUESTS_AT_ONCE", 5)
     kept = {}
 
     class Crash(tasks.Forgotten):
         def answers(self, key):
-            return json.loads(json.dumps(kept.get(key, [])))
+            return json.loads(json.dumps(kept.get(key, [[], 0])))
 
-        def keep(self, key, answers):
-            kept[key] = answers
+        def keep(self, key, answers, n_cut):
+            kept[key] = [list(answers), n_cut]
             if len(answers) == 10:
                 raise KeyboardInterrupt
 
+    # Every request is longer than this context.
+    lm = OnebitLM(LLM(tiny.master(tiny.config(max_seq_len=8)), threads=1))
     (chosen,) = tasks.choose(["hellaswag"], data)
     with pytest.raises(KeyboardInterrupt):
         tasks.run(lm, chosen, kept=Crash())
     asked = []
     monkeypatch.setattr(lm, "loglikelihood", lambda r: (asked.extend(r), OnebitLM.loglikelihood(lm, r))[1])
     again = tasks.run(lm, chosen, kept=Crash())
-    assert len(asked) == 2 and again == tasks.run(lm, chosen)
+    assert len(asked) == 2 and again.n_cut == 12 and again == tasks.run(lm, chosen)
+
+
+def test_a_data_set_that_cannot_be_fetched_is_named(monkeypatch):
+    class Offline:
+        task_index = {"hellaswag": None}
+        all_tasks = ["hellaswag", "hellaswag_de"]
+
+        def load(self, names):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(tasks, "TaskManager", Offline)
+    with pytest.raises(
+        ValueError, match=r"cannot be fetched \(ConnectionError: no route\); give local files with --data"
+    ):
+        tasks.choose(["hellaswag"])
+    with pytest.raises(ValueError, match="did you mean 'hellaswag_de'"):
+        tasks.choose(["hellaswag_d"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Tasks have the scores that lm-evaluation-harness gives with its own model. Kind: oracle (lm_eval, transformers).
 
 The same random Llama twice: in transformers, asked by the harness's `hf` model and counted by its evaluator, and here.
-Keys and values are rounded to bfloat16 on both sides; the rest is float32.
+Keys and values are rounded to bfloat16 on both sides, the rest is float32. Sums over a text differ by 1e-6 nats, or by
+up to 1e-3 where a key or value at a tie of bfloat16 rounds the other way.
 """
 
 import json
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, processors
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -24,8 +26,7 @@ from onebit.eval.harness import OnebitLM
 from onebit.formats import hf
 from onebit.llm import LLM
 
-# Summed over a text of up to 60 tokens.
-NATS = 1e-3
+NATS, NATS_AT_A_TIE = 1e-5, 2e-3
 NAMES = ["lambada", "hellaswag", "winogrande", "gsm8k", "triviaqa"]
 CONTEXT = 96
 
@@ -125,9 +126,9 @@ def choose(name, data):
 def test_scores_are_those_of_the_harness(name, models, data):
     theirs, ours = models
     (task,) = choose(name, data).tasks
-    expected = simple_evaluate(
-        theirs, tasks=[task], bootstrap_iters=0, fewshot_random_seed=1234, limit=None, verbosity=None
-    )["results"][task.config.task]
+    task.set_fewshot_seed(1234)
+    name_of = task.config.task
+    expected = evaluate(theirs, {"tasks": {name_of: task}}, bootstrap_iters=0)["results"][name_of]
     found = tasks.run(ours, choose(name, data), seeds=[1234])
     # Theirs are called "acc,none" or "exact_match,strict-match".
     keys = [
@@ -135,7 +136,7 @@ def test_scores_are_those_of_the_harness(name, models, data):
     ]
     for key, value in zip(keys, expected.values(), strict=True):
         if key in found.metrics:
-            assert found.metrics[key].value == pytest.approx(value, rel=NATS, abs=0)
+            assert found.metrics[key].value == pytest.approx(value, rel=1e-4, abs=0)
     assert set(found.metrics) <= set(keys)
     assert name != "hellaswag" or found.n_cut == 4
 
@@ -158,14 +159,12 @@ def test_answers_are_those_of_the_harness(name, models, data):
         return
     difference = np.abs(np.array([a for a, _ in found]) - np.array([a for a, _ in expected]))
     print(f"{name}: {difference.max():.1e} nats")
-    assert difference.max() < NATS
+    assert np.median(difference) < NATS and difference.max() < NATS_AT_A_TIE
     assert [b for _, b in found] == [b for _, b in expected]
 
 
 def test_whole_texts_are_those_of_the_harness(models):
-    from lm_eval.api.instance import Instance
-
     asked = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("Once", tiny.TEXT)]
     expected, found = (lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in models)
     # The longer one has about 400 tokens.
-    assert found == pytest.approx(expected, abs=10 * NATS)
+    assert found == pytest.approx(expected, abs=10 * NATS_AT_A_TIE)

@@ -1,6 +1,5 @@
 """`onebit eval`: how well a model predicts texts, how far it is from another, and what it reaches in tasks."""
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,13 +198,13 @@ def _notes(task: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: examples drawn with seeds {', '.join(map(str, task['seeds']))}"
 
 
-def _cells(figure: dict[str, float], is_share: bool = False) -> tuple[str, str, str]:
+def _cells(figure: dict[str, float | None], is_share: bool = False) -> tuple[str, str, str]:
     value, low, high = (_number(figure[key], is_share) for key in ("value", "low", "high"))
     return value, low, high
 
 
-def _number(value: float, is_share: bool) -> str:
-    if math.isnan(value):
+def _number(value: float | None, is_share: bool) -> str:
+    if value is None:
         return ""
     return f"{value:.1%}" if is_share else f"{value:.4g}"
 

@@ -61,8 +61,11 @@ class OnebitLM(TemplateLM):  # type: ignore[misc]
         return self._start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, by default as the model's tokenizer begins texts."""
-        return self._encode(string, begin=add_special_tokens is not False)
+        """Token ids of a text, by default as the model's tokenizer begins texts that do not begin so already."""
+        tokens = self._encode(string, begin=False)
+        bos = self.llm.tokenizer.bos_token
+        has_it = add_special_tokens is None and tokens[:1] == [bos]
+        return tokens if bos is None or has_it or add_special_tokens is False else [bos, *tokens]
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = True
@@ -90,7 +93,7 @@ class OnebitLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             (text,) = request.args
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
+                token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

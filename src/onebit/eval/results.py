@@ -89,24 +89,26 @@ class Results:
             self.data["results"].remove(old)
         result = {"kind": kind, "name": name, "settings": settings, **found, "command": command()}
         self.data["results"].append(result)
-        self.data["unfinished"] = {}
+        if kind == "task":
+            self.data["unfinished"] = {}
         self.write()
         return result
 
-    def answers(self, key: str) -> list[Any]:
-        """Answers of a task that was not finished."""
-        return list(self.data["unfinished"].get(key, []))
+    def answers(self, key: str) -> tuple[list[Any], int]:
+        """Answers to a task that was not finished, and how many of its requests lost their beginning."""
+        kept = self.data["unfinished"].get(key, {"answers": [], "n_cut": 0})
+        return list(kept["answers"]), kept["n_cut"]
 
-    def keep(self, key: str, answers: list[Any]) -> None:
-        """Keep the answers of a task, on disk now and then."""
-        self.data["unfinished"][key] = answers
+    def keep(self, key: str, answers: list[Any], n_cut: int) -> None:
+        """Keep the answers to a task, on disk now and then."""
+        self.data["unfinished"][key] = {"answers": answers, "n_cut": n_cut}
         if self.path and time.monotonic() - self._last_kept > KEEP_SECONDS:
             self.write()
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
         if self.path is not None:
-            write_file(self.path, [json.dumps(self.data, indent=1, allow_nan=True).encode()])
+            write_file(self.path, [json.dumps(self.data, indent=1, allow_nan=False).encode()])
             self._last_kept = time.monotonic()
 
 

@@ -5,6 +5,7 @@ session.text("wiki.test.raw", text, Windows.of(llm, 512))["figures"]["perplexity
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,5 +188,9 @@ def _facts(found: Perplexity) -> Result:
     }
 
 
-def _json(figures: dict[str, Figure]) -> dict[str, dict[str, float]]:
-    return {name: figure._asdict() for name, figure in figures.items()}
+def _json(figures: dict[str, Figure]) -> dict[str, Result]:
+    """Figures as JSON has them, which knows no infinity and no missing number but null."""
+    return {
+        name: {key: x if math.isfinite(x) else None for key, x in figure._asdict().items()}
+        for name, figure in figures.items()
+    }

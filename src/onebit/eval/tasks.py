@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from datasets import Dataset
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
@@ -29,7 +30,7 @@ from onebit.eval.texts import exp
 # Few-shot examples are drawn once for each; the first is the harness's own.
 SEEDS = (1234, 1235, 1236)
 # Requests between two times that the answers are kept.
-REQUESTS_AT_ONCE = 128
+REQUESTS_AT_ONCE = 64
 
 Progress = Callable[[str, float], None]
 
@@ -166,23 +167,23 @@ N_ITEMS = {
 
 
 class Kept(Protocol):
-    """Where answers are kept between a crash and the next start."""
+    """Where answers, and how many requests lost their beginning, are kept between a crash and the next start."""
 
-    def answers(self, key: str) -> list[Any]:
+    def answers(self, key: str) -> tuple[list[Any], int]:
         """Those that are there."""
 
-    def keep(self, key: str, answers: list[Any]) -> None:
+    def keep(self, key: str, answers: list[Any], n_cut: int) -> None:
         """Keep them."""
 
 
 class Forgotten:
     """Keeps nothing."""
 
-    def answers(self, key: str) -> list[Any]:
+    def answers(self, key: str) -> tuple[list[Any], int]:
         """None."""
-        return []
+        return [], 0
 
-    def keep(self, key: str, answers: list[Any]) -> None:
+    def keep(self, key: str, answers: list[Any], n_cut: int) -> None:
         """Forget them."""
 
 
@@ -336,49 +337,40 @@ def run(
     Raises:
         ValueError: more examples than there are.
     """
-    kept = kept or Forgotten()
-    lm.n_cut = n_requests = 0
     is_drawn = any(_draws(task) for task in chosen.tasks)
     seeds = list(seeds) if is_drawn else list(seeds)[:1]
     # Of each seed and metric, all items of all tasks.
-    values: list[dict[str, list[Any]]] = []
+    values: list[dict[str, list[Any]]] = [{} for _ in seeds]
     tasks: dict[str, dict[str, float]] = {}
-    n_rounds = len(seeds) * len(chosen.tasks)
-    for seed in seeds:
-        pooled: dict[str, list[Any]] = {}
+    n_requests = n_cut = n_done = 0
+    for pooled, seed in zip(values, seeds, strict=True):
+        what = f"{chosen.name}, seed {seed}" if len(seeds) > 1 else chosen.name
         for task in chosen.tasks:
-            n_done = len(values) * len(chosen.tasks) + len(tasks) % len(chosen.tasks)
-            what = chosen.name if len(seeds) == 1 else f"{chosen.name}, seed {seed}"
 
             def show(share: float, n_done: int = n_done, what: str = what) -> None:
-                progress(what, (n_done + share) / n_rounds)
+                progress(what, (n_done + share) / (len(seeds) * len(chosen.tasks)))
 
-            found, n = _ask(lm, task, limit, seed, kept, show)
-            n_requests += n
-            tasks[f"{task.config.task} {seed}"] = {
-                metric: _figure(task, metric, [items]).value for metric, items in found.items()
+            answered = _ask(lm, task, limit, seed, kept or Forgotten(), show)
+            n_requests, n_cut, n_done = n_requests + answered.n_requests, n_cut + answered.n_cut, n_done + 1
+            tasks[task.config.task if len(seeds) == 1 else f"{task.config.task}, seed {seed}"] = {
+                metric: _figure(task, metric, [items]).value for metric, items in answered.values.items()
             }
-            for metric, items in found.items():
+            for metric, items in answered.values.items():
                 pooled.setdefault(metric, []).extend(items)
-        values.append(pooled)
-    metrics = {
-        metric: _figure(chosen.tasks[0], metric, [one[metric] for one in values]) for metric in values[0]
-    }
+    first = chosen.tasks[0]
     by_seed = [
-        {metric: _figure(chosen.tasks[0], metric, [items]).value for metric, items in one.items()}
-        for one in values
+        {metric: _figure(first, metric, [items]).value for metric, items in one.items()} for one in values
     ]
-    n_all = sum(len(task.eval_docs) for task in chosen.tasks)
     return Result(
         chosen.name,
-        metrics,
+        {metric: _figure(first, metric, [one[metric] for one in values]) for metric in values[0]},
         len(next(iter(values[0].values()))),
-        n_all,
+        sum(len(task.eval_docs) for task in chosen.tasks),
         N_ITEMS.get(chosen.name),
-        lm.n_cut,
+        n_cut,
         n_requests,
         chosen.shots,
-        [int(seed) for seed in seeds] if is_drawn else [],
+        seeds if is_drawn else [],
         by_seed if len(seeds) > 1 else [],
         tasks if len(chosen.tasks) > 1 else {},
     )
@@ -386,16 +378,20 @@ def run(
 
 def _draws(task: Task) -> bool:
     """Whether examples are drawn by chance."""
-    sampler = getattr(task.config.fewshot_config, "sampler", None) or "default"
-    if isinstance(task.config.fewshot_config, dict):
-        sampler = task.config.fewshot_config.get("sampler", "default")
-    return bool(task.config.num_fewshot) and sampler == "default"
+    return bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
+
+
+class _Answered(NamedTuple):
+    """Values of every metric for every item, in order, and how many requests that took."""
+
+    values: dict[str, list[Any]]
+    n_requests: int
+    n_cut: int
 
 
 def _ask(
     lm: OnebitLM, task: Task, limit: int | None, seed: int, kept: Kept, progress: Callable[[float], None]
-) -> tuple[dict[str, list[Any]], int]:
-    """Values of every metric for every item, in order, and the number of requests."""
+) -> _Answered:
     task.set_fewshot_seed(seed)
     with contextlib.redirect_stderr(io.StringIO()):
         task.build_all_requests(limit=limit, rank=0, world_size=1)
@@ -403,10 +399,10 @@ def _ask(
     asked = json.dumps([request.args for request in requests], default=str)
     key = f"{task.config.task} {seed} {hashlib.sha256(asked.encode()).hexdigest()[:16]}"
     kind = requests[0].request_type
-    answers = kept.answers(key)
+    answers, lm.n_cut = kept.answers(key)
     for begin in range(len(answers), len(requests), REQUESTS_AT_ONCE):
         answers += getattr(lm, kind)(requests[begin : begin + REQUESTS_AT_ONCE])
-        kept.keep(key, answers)
+        kept.keep(key, answers, lm.n_cut)
         progress(len(answers) / len(requests))
     by_item: dict[int, list[Any]] = {}
     for request, answer in zip(requests, answers, strict=True):
@@ -422,7 +418,7 @@ def _ask(
             )
             for metric, value in found.items():
                 values.setdefault(metric if len(filters) == 1 else f"{metric}, {name}", []).append(value)
-    return values, len(requests)
+    return _Answered(values, len(requests), lm.n_cut)
 
 
 def _figure(task: Task, metric: str, values_SN: list[list[Any]]) -> Figure:
