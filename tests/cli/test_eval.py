@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import tiny
 from onebit import formats
@@ -89,10 +90,9 @@ def test_the_answers_of_a_reference_are_kept(folder, capsys, monkeypatch):
     assert read(folder / "c.json")["results"][0]["distance"]["kl"]["value"] == 0
 
 
-def test_a_task_goes_on_after_a_crash(folder, monkeypatch):
-    from onebit.eval import results, tasks
+def test_a_task_goes_on_after_a_stop(folder, monkeypatch, capsys):
+    from onebit.eval import tasks
 
-    monkeypatch.setattr(results, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(tasks, "REQUESTS_AT_ONCE", 6)
     model, asked = str(folder / "tiny.onebit"), []
     score = scoring.Scorer.score
@@ -105,8 +105,9 @@ def test_a_task_goes_on_after_a_crash(folder, monkeypatch):
 
     monkeypatch.setattr(scoring.Scorer, "score", crash)
     settings = {"tasks": "hellaswag", "data": folder, "threads": 1}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(typer.Exit):
         measure(model, **settings, out=folder / "out.json")
+    assert "the same command goes on" in capsys.readouterr().err
     assert len(next(iter(read(folder / "out.json")["unfinished"].values()))["answers"]) == 6
     measure(model, **settings, out=folder / "out.json")
     assert asked == [6, 6, 6, 4]

@@ -118,17 +118,25 @@ def eval(
     llm = load(path, threads, kv_cache)
     results = Results(out, model_facts(llm, model or path.name, path))
     windows = Windows.of(llm, window, stride, bos, like_llama_cpp) if texts else None
+    reference = None if against is None else ready(against)
     console = Console()
-    with bar() as progress:
-        session = Session(llm, results, progress)
-        for name, content in texts:
-            assert windows is not None
-            if against is None:
-                found = session.text(name, content, windows, max_tokens)
-            else:
-                found = session.against(name, content, windows, against, ready(against), keep, max_tokens)
-            console.print(_text_table(found, llm.label))
-        found_tasks = [session.task(task, limit, seeds) for task in chosen]
+    try:
+        with bar() as progress:
+            session = Session(llm, results, progress)
+            for name, content in texts:
+                assert windows is not None
+                if against is None or reference is None:
+                    found = session.text(name, content, windows, max_tokens)
+                else:
+                    found = session.against(name, content, windows, against, reference, keep, max_tokens)
+                console.print(_text_table(found, llm.label))
+            found_tasks = [session.task(task, limit, seeds) for task in chosen]
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        results.write()
+        print("onebit: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     if found_tasks:
         console.print(_tasks_table(found_tasks, llm.label))
     for note in [note for found in found_tasks for note in _notes(found)]:
