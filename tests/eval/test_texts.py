@@ -61,6 +61,7 @@ def test_impossible_windows_are_refused(llm, settings, message):
 
 
 def test_begin_tokens_follow_the_policy(llm):
+    assert Windows.of(llm).window == 192
     assert Windows.of(llm, 16).bos is None
     assert Windows.of(llm, 16, bos="always").bos == tiny.EOS
     begins = LLM(tiny.master(tiny.config(bos_token=5)), threads=1)

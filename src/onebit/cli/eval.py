@@ -29,7 +29,10 @@ def eval(
             show_default=False,
         ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens that the model reads at once.")] = 512,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the model reads at once; default: 512, or a shorter context."),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next; default: half a window.")
     ] = None,

@@ -148,13 +148,22 @@ def versions() -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        run = subprocess.run(git, capture_output=True, text=True, timeout=5)
-        found["commit"] = run.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        found["commit"] = None
+    found["commit"] = _commit()
     return found
+
+
+def _commit() -> str | None:
+    """The commit of the repository that this file is part of, and does not only lie in."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        commands = ([*git, "ls-files", here.name], [*git, "rev-parse", "HEAD"])
+        tracked, commit = (
+            subprocess.run(c, capture_output=True, text=True, timeout=5).stdout for c in commands
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.strip() if tracked else None
 
 
 def command() -> str:

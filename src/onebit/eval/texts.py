@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onebit.llm import LLM
 
 OPENERS: dict[str, Callable[[Path], Any]] = {".xz": lzma.open, ".bz2": bz2.open, ".gz": gzip.open}
+WINDOW = 512
 BOS = ("auto", "always", "never")
 # Tokens of windows that are asked for at once, between two reports of progress.
 TOKENS_AT_ONCE = 4096
@@ -75,13 +76,18 @@ class Windows:
 
     @classmethod
     def of(
-        cls, llm: "LLM", window: int, stride: int | None = None, bos: str = "auto", halves: bool = False
+        cls,
+        llm: "LLM",
+        window: int | None = None,
+        stride: int | None = None,
+        bos: str = "auto",
+        halves: bool = False,
     ) -> "Windows":
         """The windows for a model.
 
         Args:
             llm: the model that reads them.
-            window: tokens of a window.
+            window: tokens of a window; None takes WINDOW, or the context where that is shorter.
             stride: None takes half a window, or with halves a whole one.
             bos: "auto" begins windows as the tokenizer begins texts, "always" with the begin- or else the
                 end-of-text token, "never" with none.
@@ -91,6 +97,7 @@ class Windows:
             ValueError: a window longer than the context, an unknown bos, a stride with halves.
         """
         config = llm.config
+        window = min(WINDOW, config.max_seq_len) if window is None else window
         if window > config.max_seq_len:
             raise ValueError(f"window is {window}; the context of this model holds {config.max_seq_len}")
         if bos not in BOS:
