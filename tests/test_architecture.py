@@ -27,6 +27,7 @@ LAYERS = [
     {"formats", "_core"},
     {"nn", "engine"},
     {"train", "llm", "conversion", "serve"},
+    {"eval"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.
@@ -48,6 +49,8 @@ OWNERS = {
     "uvicorn": {"serve"},
     "prometheus_client": {"serve"},
     "llguidance": {"serve"},
+    "lm_eval": {"eval"},
+    "datasets": {"eval"},
 }
 
 MAX_LINES = 700

@@ -18,7 +18,7 @@ from onebit import formats
 ROOT = Path(__file__).parent.parent
 SKIPPED = {".git", ".venv", ".hypothesis", "build", "dist", "runs"}
 # Runs that need a data folder or minutes; their verbs and flags are checked all the same.
-SLOW_VERBS = {"train", "tune", "convert"}
+SLOW_VERBS = {"train", "tune", "eval", "convert"}
 # A path of one machine has no place in a project for all.
 LOCAL_PATH = re.compile(r"(?<![\w.~$}/-])/(?:home|root|Users|work|tmp|mnt|scratch)/\w")
 TEXT = {".py", ".md", ".h", ".cpp", ".inl", ".toml", ".txt", ".yml", ".json", ".cmake", ""}

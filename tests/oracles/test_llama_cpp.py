@@ -18,6 +18,8 @@ import tiny
 from onebit import formats
 from onebit.checkpoint import Checkpoint, Stored, quantize
 from onebit.config import ModelConfig, RopeScaling
+from onebit.eval.scoring import Scorer
+from onebit.eval.texts import Windows, perplexity
 from onebit.formats import gguf, native
 from onebit.formats.compare import compare
 from onebit.formats.gguf import matrices, model_keys
@@ -217,3 +219,22 @@ def test_models_with_rounded_weights_alone(name, tmp_path):
     expected, found = Llama(path).logits(TOKENS), onebit.load(tmp_path / "x.onebit", threads=1).logits(TOKENS)
     # What llama.cpp loses by 8-bit activations, and we do not.
     assert agree(expected, found, kind), distance(expected, found)
+
+
+@pytest.mark.parametrize("bos", [None, 5])
+def test_perplexity_is_that_of_llama_cpp(bos, tmp_path):
+    """In the windows of its `perplexity` program: each by itself, the second half counts."""
+    path, window = tmp_path / "x.gguf", 64
+    gguf.write(model("F32", **PLAIN, bos_token=bos), path, "F32")
+    theirs, llm = Llama(path), ours(gguf.read(path), tmp_path)
+    tokens = theirs.model.tokenize(tiny.TEXT.encode(), add_bos=True, special=False)
+    assert (tokens[0] == bos) == (bos is not None) and len(tokens) > 3 * window
+    nll = []
+    for begin in range(0, len(tokens) - window + 1, window):
+        piece = [*([] if bos is None else [bos]), *tokens[begin + (bos is not None) : begin + window]]
+        x = theirs.logits(piece).astype(np.float64)
+        x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+        nll += [-x[i, piece[i + 1]] for i in range(window // 2, window - 1)]
+    found = perplexity(Scorer(llm), tiny.TEXT, Windows.of(llm, window, halves=True))
+    assert len(found.nll) == len(nll)
+    assert found.perplexity.value == pytest.approx(np.exp(np.mean(nll)), rel=5e-4)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "serve", "train", "distill", "tune", "convert", "info")
+VERBS = ("run", "serve", "train", "distill", "tune", "eval", "convert", "info")
 
 
 class _Verbs(TyperGroup):
@@ -109,4 +109,6 @@ def _missing(error: ImportError) -> str:
         return f'{error.name} is not installed; training needs it: pip install "onebit[train]"'
     if error.name in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "pydantic", "starlette"):
         return f'{error.name} is not installed; the server needs it: pip install "onebit[serve]"'
+    if error.name in ("lm_eval", "datasets"):
+        return f'{error.name} is not installed; tasks need it: pip install "onebit[eval]"'
     return f"{error}; reinstall with: pip install onebit"

@@ -88,9 +88,9 @@ def run(
 
     from onebit.llm import load
 
-    ready = None if model is None else _ready(model)
+    path = None if model is None else ready(model)
     adapters = {} if adapter is None else {_ADAPTER: adapter}
-    llm = load(ready, threads, kv_cache, speculation, shortlist, huge_pages, adapters)
+    llm = load(path, threads, kv_cache, speculation, shortlist, huge_pages, adapters)
     if is_chat:
         _chat(llm, params)
         return
@@ -104,7 +104,7 @@ def run(
         raise typer.Exit(130)
 
 
-def _ready(model: str) -> Path:
+def ready(model: str) -> Path:
     """A model that runs as it is; one of another format is converted the first time."""
     from onebit import formats
 

@@ -58,6 +58,16 @@ def ready(
     return kept, report
 
 
+def sha256(path: Path, progress: formats.Progress = lambda what, share: None) -> str:
+    """The SHA-256 of a model: of its file, or of the names and hashes of the files of its folder."""
+    if path.is_file():
+        return _content(path, progress)
+    total = hashlib.sha256()
+    for file in _files(path):
+        total.update(f"{file.name}\0{_content(file, progress)}\0".encode())
+    return total.hexdigest()
+
+
 def _key(path: Path, progress: formats.Progress) -> str:
     """A hash of all that the conversion of a model depends on."""
     # Another version may read a file otherwise.

@@ -1,0 +1,224 @@
+"""`onebit eval`: how well a model predicts texts, how far it is from another, and what it reaches in tasks."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from onebit.eval.tasks import Chosen
+
+
+def eval(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
+            "default: the shipped model.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Perplexity and bits per byte of this text (plain, .xz, .bz2, .gz); repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the model reads at once; default: 512, or a shorter context."),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next; default: half a window.")
+    ] = None,
+    bos: Annotated[
+        str, typer.Option(help="Begin-of-text token of every window: auto (as the tokenizer), always, never.")
+    ] = "auto",
+    like_llama_cpp: Annotated[
+        bool,
+        typer.Option(
+            "--like-llama-cpp", help="Windows of llama.cpp's perplexity: in a row, the first half only read."
+        ),
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Read only so many of the first tokens of a text.", show_default=False)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare with this model on --text: KL divergence, top-1 agreement.", show_default=False
+        ),
+    ] = None,
+    keep: Annotated[
+        int, typer.Option(help="Tokens of the reference that are kept for each position, 8 bytes each.")
+    ] = 256,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness: hellaswag,arc_easy,...", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the files of the tasks; default: what the harness downloads.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Ask only the first items of every task.", show_default=False)
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(help="Examples before every item; default: the task's own.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How often examples are drawn, where they are.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of results (.json); what it has of this model is not measured again.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
+    kv_cache: Annotated[
+        str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
+    ] = "bf16",
+) -> None:
+    """Measure a model: perplexity of texts, distance from another model, tasks.
+
+    Example: onebit eval model.gguf --text wiki.test.raw.xz --like-llama-cpp
+
+    Example: onebit eval model.onebit --text wiki.test.raw.xz --against model.gguf
+
+    Example: onebit eval model.onebit --tasks hellaswag,piqa --data data --limit 200 --out results.json
+    """
+    if not text and not tasks:
+        raise ValueError("nothing to measure: give --text FILE or --tasks NAMES, or both")
+    if against and not text:
+        raise ValueError("--against compares models on a text; give --text FILE")
+    for name, number in (("--limit", limit), ("--max-tokens", max_tokens), ("--seeds", seeds)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; expected at least 1")
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else []
+
+    from rich.console import Console
+
+    from onebit.cli.bar import bar
+    from onebit.cli.run import ready
+    from onebit.eval.results import Results, model_facts
+    from onebit.eval.session import Session
+    from onebit.eval.texts import Windows, read_text
+    from onebit.llm import SHIPPED_MODEL, load
+
+    # What can be wrong is read before anything that takes long.
+    texts = [(str(file), read_text(file)) for file in text or ()]
+    chosen = _choose(names, data, shots) if names else []
+    path = SHIPPED_MODEL if model is None else ready(model)
+    llm = load(path, threads, kv_cache)
+    results = Results(out, model_facts(llm, model or path.name, path))
+    windows = Windows.of(llm, window, stride, bos, like_llama_cpp) if texts else None
+    reference = None if against is None else ready(against)
+    console = Console()
+    try:
+        with bar() as progress:
+            session = Session(llm, results, progress)
+            for name, content in texts:
+                assert windows is not None
+                if against is None or reference is None:
+                    found = session.text(name, content, windows, max_tokens)
+                else:
+                    found = session.against(name, content, windows, against, reference, keep, max_tokens)
+                console.print(_text_table(found, llm.label))
+            found_tasks = [session.task(task, limit, seeds) for task in chosen]
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        results.write()
+        print("onebit: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if found_tasks:
+        console.print(_tasks_table(found_tasks, llm.label))
+    for note in [note for found in found_tasks for note in _notes(found)]:
+        print(f"onebit: {note}", file=sys.stderr)
+
+
+def _choose(names: list[str], data: Path | None, shots: int | None) -> "list[Chosen]":
+    from onebit.cli.bar import bar
+    from onebit.eval import tasks
+
+    with bar() as progress:
+        progress("reading the items", 0.0)
+        return tasks.choose(names, data, shots)
+
+
+def _text_table(found: dict[str, Any], label: str) -> "Table":
+    from onebit.cli.info import new_table
+
+    settings = found["settings"]
+    table = new_table(found["name"], label, "95 % from", "to")
+    rows = dict(found["figures"])
+    names = {"perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+    names |= {
+        "kl": "KL, nats per token",
+        "top1": "same likeliest token",
+        "nll_difference": "nats more per token",
+    }
+    for name, figure in {**rows, **found.get("distance", {})}.items():
+        table.add_row(names[name], *_cells(figure, is_share=name == "top1"))
+    for name, figure in found.get("reference_figures", {}).items():
+        table.add_row(f"{names[name]} of the reference", *_cells(figure))
+    kind = "as llama.cpp" if settings["halves"] else f"stride {settings['stride']}"
+    bos = "no begin token" if settings["bos"] is None else f"begin token {settings['bos']}"
+    table.caption = (
+        f"{found['n_scored']:,} of {found['n_tokens']:,} tokens count, in {found['n_windows']:,} windows of "
+        f"{settings['window']}, {kind}, {bos}; {_speed(found)}"
+    )
+    return table
+
+
+def _tasks_table(found: list[dict[str, Any]], label: str) -> "Table":
+    from onebit.cli.info import new_table
+
+    table = new_table("task", "metric", label, "stderr", "95 % from", "to", "items", "shots", "tokens/s")
+    for task in found:
+        for i, (name, figure) in enumerate(task["figures"].items()):
+            value, low, high = _cells(figure, is_share=name != "perplexity")
+            stderr = _number(figure["stderr"], is_share=name != "perplexity")
+            items = f"{task['n_items']:,} of {task['n_all']:,}"
+            rate = f"{task['computed_tokens'] / task['seconds']:,.0f}" if task["seconds"] else ""
+            rest = (items, str(task["shots"]), rate) if i == 0 else ("", "", "")
+            table.add_row(task["name"] if i == 0 else "", name, value, stderr, low, high, *rest)
+    return table
+
+
+def _notes(task: dict[str, Any]) -> Iterator[str]:
+    """What a reader of a result should know of it."""
+    name = task["name"]
+    if task["n_cut"]:
+        yield (
+            f"{name}: {task['n_cut']:,} of {task['n_requests']:,} requests were longer than the context and lost "
+            "their beginning"
+        )
+    if task["n_published"] and task["n_all"] < task["n_published"]:
+        yield f"{name}: the data has {task['n_all']:,} of the {task['n_published']:,} published items"
+    if task["seeds"]:
+        yield f"{name}: examples drawn with seeds {', '.join(map(str, task['seeds']))}"
+
+
+def _cells(figure: dict[str, float | None], is_share: bool = False) -> tuple[str, str, str]:
+    value, low, high = (_number(figure[key], is_share) for key in ("value", "low", "high"))
+    return value, low, high
+
+
+def _number(value: float | None, is_share: bool) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if is_share else f"{value:.4g}"
+
+
+def _speed(found: dict[str, Any]) -> str:
+    return f"{found['computed_tokens'] / found['seconds']:,.0f} tokens/s" if found["seconds"] else ""
