@@ -86,7 +86,7 @@ def serve(
 
 def _load(models: list[str], adapters: list[str], threads: int | None, kv_cache: str) -> "dict[str, LLM]":
     """The models by their names, each with its adapters."""
-    from onebit.cli.run import _ready
+    from onebit.cli.run import ready
     from onebit.llm import SHIPPED_MODEL, load
 
     named: dict[str, str | None] = {}
@@ -112,7 +112,7 @@ def _load(models: list[str], adapters: list[str], threads: int | None, kv_cache:
             raise ValueError(f"--adapter {given}: there is no model {base!r}; models: {', '.join(named)}")
         folders[base][short] = folder
     return {
-        name: load(None if path is None else _ready(path), threads, kv_cache, adapters=folders[name])
+        name: load(None if path is None else ready(path), threads, kv_cache, adapters=folders[name])
         for name, path in named.items()
     }
 
