@@ -85,6 +85,7 @@ class Checkpoint:
         tokenizer: bytes of tokenizer.json, or None.
         chat_template: a Jinja template, or None.
         provenance: where the model comes from, as JSON values.
+        sha256: of the bytes of tensors, as the file that they come from says; empty where it says nothing.
 
     Raises:
         ValueError: a missing, extra or misshapen tensor, another dtype, a value that is not finite, a scale
@@ -96,6 +97,7 @@ class Checkpoint:
     tokenizer: bytes | None = None
     chat_template: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.label}, {len(self.tensors)} tensors)"

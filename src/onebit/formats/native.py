@@ -21,6 +21,7 @@ from onebit.checkpoint import (
     LINEAR_ENCODINGS,
     Checkpoint,
     Plan,
+    Stored,
     Tensor,
     check_tensor,
     granularity,
@@ -155,6 +156,18 @@ def verify(path: str | os.PathLike[str]) -> None:
             raise ValueError(f"the bytes of {', '.join(damaged)} fail their sha256; fetch the file again")
 
 
+def arrays(checkpoint: Checkpoint) -> dict[str, Array]:
+    """The arrays of a packed model under the names that a file has for them, and `Checkpoint.sha256` for their bytes."""
+    found: dict[str, Array] = {}
+    for name, tensor in checkpoint.tensors.items():
+        assert not isinstance(tensor, Stored)
+        if isinstance(tensor, PackedTensor):
+            found |= {name: tensor.data, _scale_name(name): tensor.scale}
+        else:
+            found[name] = tensor
+    return found
+
+
 def _open(path: Path) -> tuple[Json, dict[str, Array]]:
     """Map a file and check that it is ours, of this version, with an intact header."""
     header, data = container.split_header(container.map_file(path))
@@ -194,6 +207,7 @@ def _checkpoint(metadata: dict[str, str], stored: dict[str, Array]) -> Checkpoin
     config = ModelConfig.from_dict(container.parse_json(metadata["config"], "config"))
     encodings = container.parse_json(metadata["encodings"], "encodings")
     provenance = container.parse_json(metadata["provenance"], "provenance")
+    hashes = container.parse_json(metadata["sha256"], "sha256")
     # Before the names of all layers are listed: a hostile config may claim millions.
     if config.n_layers > len(stored):
         raise ValueError(f"the config claims {config.n_layers} layers; the file has {len(stored)} tensors")
@@ -215,7 +229,7 @@ def _checkpoint(metadata: dict[str, str], stored: dict[str, Array]) -> Checkpoin
         template = None if chat_template is None else chat_template.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{_CHAT_TEMPLATE} is not UTF-8; the file is damaged") from None
-    return Checkpoint(config, tensors, tokenizer, template, provenance)
+    return Checkpoint(config, tensors, tokenizer, template, provenance, hashes)
 
 
 def _take_packed(
