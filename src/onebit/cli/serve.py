@@ -63,7 +63,7 @@ def serve(
     Example: onebit serve -m model.gguf --port 8000
     """
     from onebit.serve.app import create_app
-    from onebit.serve.server import listen, run
+    from onebit.serve.server import Server, listen
     from onebit.serve.service import Options
 
     options = Options(
@@ -81,7 +81,7 @@ def serve(
         app = create_app(models, options, log_file)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         _welcome(f"http://{shown}:{sock.getsockname()[1]}", models, bool(options.api_keys))
-        run(app, sock, grace)
+        Server(app, grace).run([sock])
 
 
 def _load(models: list[str], adapters: list[str], threads: int | None, kv_cache: str) -> "dict[str, LLM]":

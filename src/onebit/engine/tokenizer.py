@@ -57,6 +57,11 @@ class Tokenizer:
         """Number of tokens, special ones included."""
         return int(self._tokenizer.get_vocab_size())
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n tokens has at most n times as many."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text, after the model's begin-of-sequence token if it has one.
 
@@ -89,19 +94,16 @@ class Tokenizer:
             self._wholes[token] = text if self._is_bytewise and _INCOMPLETE not in text else None
         return self._wholes[token]
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
-            tools: what the model may call, as its template knows them.
 
         Raises:
             ValueError: no chat template, malformed messages, or messages that the template refuses.
         """
-        return self._encode(self.render_chat(messages, tools=tools))
+        return self._encode(self.render_chat(messages))
 
     def render_chat(
         self,

@@ -114,7 +114,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         raise ApiError(400, "this model has no tokenizer; give token ids instead of texts", param="prompt")
 
     async def prepare() -> tuple[Sequence[Job], Form]:
-        tokens = await service.work(lambda: [_encode(place, prompt, "prompt") for prompt in prompts])
+        size = sum(len(prompt) for prompt in prompts)
+        tokens = await service.work(lambda: [_encode(place, prompt, "prompt") for prompt in prompts], size)
         asked = body.params
         if body.logprobs is not None:
             asked["logprobs"] = body.logprobs
@@ -139,7 +140,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 
     async def prepare() -> tuple[Sequence[Job], Form]:
         tools = None if body.tool_choice == "none" else body.tools
-        tokens = await service.work(lambda: _encode_chat(place, body.messages, tools))
+        size = sum(len(message.content or "") for message in body.messages)
+        tokens = await service.work(lambda: _encode_chat(place, body.messages, tools), size)
         asked = body.params
         if body.logprobs:
             asked["logprobs"] = body.top_logprobs or 0
@@ -165,7 +167,8 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
             400, f"dimensions is {body.dimensions}; this model gives {llm.config.d_model}", param="dimensions"
         )
     with runner.reserve(len(inputs)):
-        tokens = await service.work(lambda: [_encode(place, given, "input") for given in inputs])
+        size = sum(len(given) for given in inputs)
+        tokens = await service.work(lambda: [_encode(place, given, "input") for given in inputs], size)
         # One by one: between two of them running streams take their steps.
         vectors = [await runner.call(partial(llm.embed, one, place.adapter)) for one in tokens]
     record.prompt_tokens = sum(map(len, tokens))
@@ -191,6 +194,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         try:
             if body.messages is not None:
                 return _encode_chat(place, body.messages, body.tools)
+            _check_size(place, body.prompt or "", "prompt")
             return tokenizer.encode(body.prompt or "", begin=body.add_special_tokens)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -256,6 +260,8 @@ def _tokenizer(place: Place) -> Tokenizer:
 def _encode(place: Place, prompt: str | list[int], param: str) -> list[int]:
     """Token ids that the model can read."""
     llm, context = place.served.llm, place.served.context
+    if isinstance(prompt, str):
+        _check_size(place, prompt, param)
     try:
         tokens = llm.encode(prompt)
         if len(tokens) <= context:
@@ -264,6 +270,20 @@ def _encode(place: Place, prompt: str | list[int], param: str) -> list[int]:
         raise ApiError(400, str(error), param=param) from None
     _check_length(tokens, context, param)
     return tokens
+
+
+def _check_size(place: Place, text: str, param: str) -> None:
+    """Refuse a text that has too many tokens however it is cut, before anybody counts them."""
+    context = place.served.context
+    most = context * _tokenizer(place).longest_token
+    if len(text) > most:
+        raise ApiError(
+            400,
+            f"{param} has {len(text):,} characters; the context of this model has {context} tokens, which hold "
+            f"{most:,} at the most: shorten it",
+            "context_length_exceeded",
+            param,
+        )
 
 
 def _check_length(tokens: list[int], context: int, param: str) -> None:
@@ -287,7 +307,9 @@ def _encode_chat(
             "no_chat_template",
         )
     try:
-        tokens = tokenizer.encode_chat([message.for_template for message in messages], tools)
+        text = tokenizer.render_chat([message.for_template for message in messages], tools=tools)
+        _check_size(place, text, "messages")
+        tokens = tokenizer.encode(text, begin=False)
     except ValueError as error:
         raise ApiError(400, str(error)[:500], param="messages") from None
     _check_length(tokens, place.served.context, "messages")
@@ -377,10 +399,7 @@ async def _tell_invalid(request: Request, error: Exception) -> Response:
             problems[field].append(message)
     field, messages = next(iter(problems.items()))
     text = (f"{field[:100]}: " if field else "") + "; or ".join(messages[:4])
-    # A field that the user made up may hold anything, half of a surrogate pair included.
-    text = text.encode("utf-8", "backslashreplace").decode()
-    param = field[:100].encode("utf-8", "backslashreplace").decode() or None
-    return JSONResponse(error_body(400, text, "invalid_value", param), 400)
+    return JSONResponse(error_body(400, text, "invalid_value", field[:100] or None), 400)
 
 
 def _body_problem(request: Request, message: str) -> str:

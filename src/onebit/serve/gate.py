@@ -157,7 +157,7 @@ class Gate:
         is_open = path in OPEN or path.startswith(OPEN_FOLDER)
         if self._keys and not is_open:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            given = key.strip().encode() if scheme.lower() == "bearer" else b""
+            given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
             # Every key is compared, in a time that does not depend on where it differs.
             if not sum(hmac.compare_digest(given, key) for key in self._keys):
                 raise ApiError(

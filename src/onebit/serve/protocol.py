@@ -61,7 +61,10 @@ def error_body(
     """An error in OpenAI's shape; its type follows from the status."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    told = {"message": message, "type": kind, "param": param, "code": code}
+    # What users make up may hold halves of surrogate pairs, which are no UTF-8.
+    safe = {name: text and text.encode("utf-8", "backslashreplace").decode() for name, text in told.items()}
+    return {"error": safe}
 
 
 class _Strict(BaseModel):

@@ -8,6 +8,9 @@ import asyncio
 import json
 import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -45,47 +48,51 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {reason}; --host and --port choose another") from None
 
 
-def run(app: FastAPI, sock: socket.socket, grace_s: float) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal hurries.
+class Server(uvicorn.Server):
+    """Serves until SIGTERM, SIGINT or SIGHUP; a second signal hurries.
 
     Args:
         app: of `create_app`.
-        sock: of `listen`.
         grace_s: seconds that running requests have after the first signal.
     """
-    config = uvicorn.Config(
-        app,
-        http=_Connection,
-        ws="none",
-        loop="asyncio",
-        lifespan="on",
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=CLOSING_SECONDS,
-    )
-    server = _Server(config, app.state.service, grace_s)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, server.handle_exit)
-    server.run([sock])
 
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, grace_s: float) -> None:
-        super().__init__(config)
-        self._service = service
+    def __init__(self, app: FastAPI, grace_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Connection,
+                ws="none",
+                loop="asyncio",
+                lifespan="on",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=CLOSING_SECONDS,
+            )
+        )
+        self._service: Service = app.state.service
         self._grace_s = grace_s
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Hear the signals that end a server, while it runs."""
+        with super().capture_signals():
+            if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            yield
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end."""
         # Unlike its parent it does not raise the signal again: having ended well is no failure.
         self.force_exit = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests end, then close."""
         # The socket stays open meanwhile: who comes now is told to come back.
         await self._service.drain(self._grace_s, hurry=lambda: self.force_exit)
         self.force_exit = False

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # Longest that a grammar may take to be read. What llguidance allows takes less, so this is for what nobody thought of.
 GRAMMAR_SECONDS = 10
 
+# Characters of a text, or bytes, that take a moment.
+LARGE = 50_000
+
 T = TypeVar("T")
 
 
@@ -144,9 +147,10 @@ class Service:
                     if name in self.places:
                         raise ValueError(f"two models are called {name!r}; give the adapter another name")
                     self.places[name] = place
-        # Apart, so that a slow grammar keeps nobody's text from being tokenized.
-        self._workers = ThreadPoolExecutor(2, "onebit-tokenizer")
-        self._compilers = ThreadPoolExecutor(2, "onebit-grammar")
+        # Apart, so that a grammar or a very long text keeps nobody's short text waiting.
+        self._quick = ThreadPoolExecutor(2, "onebit-quick")
+        self._slow = ThreadPoolExecutor(1, "onebit-slow")
+        self._grammar = ThreadPoolExecutor(1, "onebit-grammar")
 
     async def start(self) -> None:
         """Start the engines, and run each once."""
@@ -183,7 +187,7 @@ class Service:
         """End the threads."""
         for served in self.served:
             served.runner.close()
-        for pool in (self._workers, self._compilers):
+        for pool in (self._quick, self._slow, self._grammar):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def find(self, model: str | None) -> Place:
@@ -206,9 +210,15 @@ class Service:
         """Models and their adapters, each once."""
         return list({place.name: place for place in self.places.values()}.values())
 
-    async def work(self, function: Callable[[], T]) -> T:
-        """Do what would hold up the event loop on another thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+    async def work(self, function: Callable[[], T], size: int = 0) -> T:
+        """Do what would hold up the event loop on another thread.
+
+        Args:
+            function: to call.
+            size: of what it works on; the large ones wait for each other and for nobody else.
+        """
+        pool = self._slow if size > LARGE else self._quick
+        return await asyncio.get_running_loop().run_in_executor(pool, function)
 
     async def compile(self, function: Callable[[], Grammar], param: str) -> Grammar:
         """Read a grammar, within limits.
@@ -216,7 +226,7 @@ class Service:
         Raises:
             ApiError: it is wrong, or more than the limits allow.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._compilers, function)
+        future = asyncio.get_running_loop().run_in_executor(self._grammar, function)
         try:
             return await asyncio.wait_for(future, GRAMMAR_SECONDS)
         except GrammarError as error:
