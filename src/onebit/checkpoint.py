@@ -224,7 +224,7 @@ def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | No
         return checkpoint
     planned = plan(checkpoint, encoding, head)
     tensors: dict[str, Tensor] = dict(packed_tensors(checkpoint, planned))
-    return replace(checkpoint, config=planned.config, tensors=tensors)
+    return replace(checkpoint, config=planned.config, tensors=tensors, sha256={})
 
 
 def packed_tensors(checkpoint: Checkpoint, planned: Plan) -> Iterator[tuple[str, ReadyTensor]]:
@@ -318,7 +318,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     tensors: dict[str, Tensor] = {
         name: to_dense(checkpoint.tensors[name]) for name in checkpoint.config.tensor_shapes()
     }
-    return replace(checkpoint, tensors=tensors)
+    return replace(checkpoint, tensors=tensors, sha256={})
 
 
 def to_dense(tensor: Tensor) -> Float32:
