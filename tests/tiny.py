@@ -178,7 +178,8 @@ def synthetic(config: ModelConfig, encoding: str = "t80") -> Checkpoint:
 class FakeModel:
     """Stands where engine.model.Model does: the next token is a function of the sequence that its cache holds.
 
-    It reads what it wrote to cache blocks, so a wrong table, position or lost block gives another text.
+    It reads what it wrote to cache blocks, so a wrong table, position, adapter or lost block gives another text. With
+    adapter a, token t counts as t + 1000 * (a + 1).
 
     Args:
         next_token: from all tokens of a text to the one that follows.
@@ -203,9 +204,8 @@ class FakeModel:
         out[:] = 0
         for i, table in enumerate(block_tables):
             for j in range(seq_starts[i], seq_starts[i + 1]):
-                cache.tokens[table[positions[j] // self.block_tokens], positions[j] % self.block_tokens] = (
-                    tokens[j]
-                )
+                block, slot = table[positions[j] // self.block_tokens], positions[j] % self.block_tokens
+                cache.tokens[block, slot] = tokens[j] + 1000 * (adapters[i] + 1)
                 for row in np.flatnonzero(rows == j):
                     seen = cache.tokens[table].reshape(-1)[: positions[j] + 1]
                     out[row, self.next_token(seen.tolist())] = 1.0

@@ -349,7 +349,8 @@ class LLM:
             n_blocks: of BLOCK_TOKENS tokens, in its cache.
             prefix_cache: compute the first tokens that texts have in common once.
             max_num_seqs: most texts at once; None: as many as the cache holds.
-            max_step_tokens: most tokens in one forward pass.
+            max_step_tokens: most tokens in one step: with fewer, prompts are read more slowly, and texts that grow wait
+                less for them.
         """
         return Engine(
             self.model,

@@ -5,6 +5,8 @@ The model needs no weights: its next token is a function of what its cache holds
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny
 from onebit.engine.engine import Engine
@@ -43,11 +45,12 @@ def finish(engine, request):
     return request
 
 
-def expected(prompt, n):
-    tokens = list(prompt)
+def expected(prompt, n, adapter=-1, next_token=mixed):
+    shift = 1000 * (adapter + 1)
+    tokens = [token + shift for token in prompt]
     for _ in range(n):
-        tokens.append(mixed(tokens))
-    return tokens[len(prompt) :]
+        tokens.append(next_token(tokens) + shift)
+    return [token - shift for token in tokens[len(prompt) :]]
 
 
 PROMPTS = [[1 + (i * j) % 50 for j in range(1 + 17 * i)] for i in range(6)]
@@ -177,9 +180,10 @@ def test_a_step_that_fails_ends_its_texts_and_frees_their_blocks():
         return 7
 
     engine = Engine(tiny.FakeModel(next_token), None, n_blocks=4)
-    engine.add([1, 2], SamplingParams(max_tokens=20, temperature=0))
-    with pytest.raises(ValueError, match="no number"):
+    request = engine.add([1, 2], SamplingParams(max_tokens=20, temperature=0))
+    with pytest.raises(ValueError, match="no number") as error:
         list(engine.run())
+    assert (request.finish_reason, request.error) == ("error", error.value)
     assert engine.pool.n_free == engine.pool.n_blocks
     assert list(engine.run()) == []
 
@@ -294,3 +298,158 @@ def test_a_step_with_guesses_that_fails_frees_their_blocks():
         list(engine.run())
     assert engine.pool.n_free == engine.pool.n_blocks
     assert list(engine.run()) == []
+
+
+@st.composite
+def crowds(draw):
+    """Texts of some families as (family, prompt, new tokens, adapter, step of arrival, step of cancellation)."""
+    texts = draw(
+        st.lists(
+            st.tuples(
+                st.integers(0, 1),
+                st.integers(1, 150),
+                st.integers(1, 40),
+                st.sampled_from([-1, -1, 0, 1]),
+                st.integers(0, 12),
+                st.none() | st.integers(0, 30),
+            ),
+            min_size=2,
+            max_size=6,
+        )
+    )
+    options = {
+        "n_blocks": draw(st.integers(3, 8)),
+        "max_step_tokens": draw(st.sampled_from([3, 50, 512])),
+        "speculation": draw(st.sampled_from([None, Eager()])),
+        "prefix_cache": draw(st.sampled_from([True, True, False])),
+        "max_num_seqs": draw(st.sampled_from([None, 1, 2])),
+    }
+    return texts, options
+
+
+@settings(max_examples=60)
+@given(crowds())
+def test_a_text_is_that_of_a_request_alone(crowd):
+    """Whatever is found, preempted, cancelled, guessed, or runs with another adapter."""
+    texts, options = crowd
+
+    def next_token(seen):
+        return looping(seen) % 1000
+
+    engine = make(next_token, **options)
+    requests, step = {}, 0
+    while len(requests) < len(texts) or engine.stats.running or engine.stats.waiting:
+        for i, (family, n_prompt, n, adapter, arrival, cancelled) in enumerate(texts):
+            if arrival == step:
+                prompt = [1 + (7 * j + family * (j > 70)) % 11 for j in range(n_prompt)]
+                params = SamplingParams(max_tokens=n, temperature=0, ignore_eos=True)
+                requests[i] = engine.add(prompt, params, adapter)
+            if i in requests and cancelled is not None and arrival + cancelled == step:
+                engine.cancel(requests[i])
+        engine.step()
+        step += 1
+    for i, (_, n_prompt, n, adapter, _, cancelled) in enumerate(texts):
+        tokens = expected(requests[i].tokens[:n_prompt], n, adapter, next_token)
+        assert requests[i].generated == tokens[: len(requests[i].generated)]
+        assert cancelled is not None or requests[i].finish_reason == "length"
+    stats = engine.stats
+    assert stats[:4] == (0, 0, engine.pool.n_blocks, 0)
+    assert options["prefix_cache"] or stats.prefix_query_tokens == stats.blocks_cached == 0
+    assert 0 <= stats.prefix_hit_tokens <= stats.prefix_query_tokens
+    assert stats.steps == len(engine._model.n_tokens) and stats.step_tokens == sum(engine._model.n_tokens)
+
+
+def test_what_texts_begin_with_is_computed_once():
+    engine = make(mixed, n_blocks=20)
+    prompt = [1 + i % 9 for i in range(140)]
+    for more in ([], [3], [4, 5]):
+        request = finish(engine, engine.add(prompt + more, GREEDY))
+        assert request.generated == expected(prompt + more, 30)
+    # Two full blocks of the prompt each time; one token must be computed for its logits.
+    assert engine.stats.prefix_hit_tokens == 2 * 128
+    assert engine.stats.step_tokens == 140 + 13 + 14 + 3 * 29
+    # A conversation goes on where the answer ended.
+    turn = prompt + [4, 5] + request.generated + [6, 7, 8]
+    assert finish(engine, engine.add(turn[:192], GREEDY)).generated[:1] == expected(turn[:192], 1)
+    assert engine.stats.prefix_hit_tokens == 3 * 128
+    assert finish(engine, engine.add(prompt[:128], GREEDY)).generated == expected(prompt[:128], 30)
+    assert engine.stats.prefix_hit_tokens == 3 * 128 + 64
+
+
+def test_texts_wait_for_their_turn():
+    engine = make(mixed, n_blocks=20, max_num_seqs=2)
+    for i in range(5):
+        engine.add([1 + i], GREEDY)
+    engine.step()
+    assert (engine.stats.running, engine.stats.waiting, engine.stats.blocks_used) == (2, 3, 2)
+    assert len([step for step in engine.run() if step.is_last]) == 5
+    with pytest.raises(ValueError, match="max_num_seqs is 0; expected at least 1"):
+        make(mixed, max_num_seqs=0)
+
+
+class Alternating:
+    """A grammar: the tokens of two sets by turns, up to a length, then the end of the text."""
+
+    def __init__(self, as_bits, n=8):
+        self.as_bits, self.n, self.seen = as_bits, n, []
+
+    def mask(self, request):
+        assert request.generated == self.seen
+        allowed = np.zeros(VOCAB, bool)
+        allowed[range(1 + len(self.seen) % 2, 200, 2)] = True
+        if len(self.seen) == self.n:
+            allowed[:] = False
+            allowed[tiny.EOS] = True
+        return np.packbits(allowed, bitorder="little").view("<u4") if self.as_bits else allowed[:250]
+
+    def accept(self, token):
+        self.seen.append(token)
+
+
+@pytest.mark.parametrize("as_bits", [False, True])
+def test_a_grammar_decides_what_may_follow(as_bits):
+    engine = make(looping, speculation=Eager())
+    free = engine.add([1, 2, 3], GREEDY)
+    grammar = Alternating(as_bits)
+    params = SamplingParams(max_tokens=30, temperature=1, top_k=0, top_p=1, seed=3, grammar=grammar)
+    bound = finish(engine, engine.add([1, 2, 3], params))
+    assert [token % 2 for token in bound.generated[:-1]] == [1, 0] * 4
+    assert (bound.generated[-1], bound.finish_reason) == (tiny.EOS, "stop")
+    assert max(bound.generated) < 200 and grammar.seen == bound.generated
+    assert free.generated == expected([1, 2, 3], 30, next_token=looping)
+
+
+def test_a_text_that_cannot_go_on_ends_alone():
+    class Dead(Alternating):
+        def mask(self, request):
+            return super().mask(request) & (len(self.seen) < 3)
+
+    engine = make(mixed)
+    stays = engine.add([1, 2], GREEDY)
+    goes = engine.add([1, 2], SamplingParams(temperature=0, grammar=Dead(False)))
+    steps = [step for step in engine.run() if step.request is goes]
+    assert [step.is_last for step in steps] == [False] * 3 + [True]
+    assert (steps[-1].token, steps[-1].text) == (-1, "")
+    assert goes.finish_reason == "error" and "allows no token" in str(goes.error)
+    assert stays.generated == expected([1, 2], 30)
+    assert engine.pool.n_free == engine.pool.n_blocks
+
+
+def test_biases_and_penalties_change_what_comes():
+    def flat(tokens):
+        return 5
+
+    def greedy(**options):
+        engine = make(flat, speculation=Eager())
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, **options)
+        return finish(engine, engine.add([5, 5], params)).generated
+
+    assert greedy() == [5] * 6
+    assert greedy(logit_bias={9: 1.5}) == [9] * 6
+    assert greedy(logit_bias={5: -100}) == [0] * 6
+    # Only what was generated counts: 5 is worth 1, others 0.
+    assert greedy(presence_penalty=1.5) == [5, 0, 1, 2, 3, 4]
+    assert greedy(frequency_penalty=0.4) == [5, 5, 5, 0, 1, 2]
+    assert greedy(frequency_penalty=-1, logit_bias={9: 0.5, 5: 0.25}) == [5] * 6
+    with pytest.raises(ValueError, match=f"logit_bias names token {VOCAB}"):
+        greedy(logit_bias={VOCAB: 1})

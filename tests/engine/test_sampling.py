@@ -19,6 +19,10 @@ from onebit.engine.sampling import SamplingParams, random_seed
         ("repetition_penalty", [1e-6, 0.5, 1, 1e6], [0, 1e-7, -1.0, 1e7, math.inf]),
         ("seed", [None, 0, 2**64 - 1], [-1, 2**64, 1.0, "7"]),
         ("stop", ["x", ["x", "y"], (), []], ["", ["x", ""], [1], 3, None]),
+        ("logprobs", [None, 0, 20], [-1, True, 1.0]),
+        ("prompt_logprobs", [None, 0, 20], [-1, False, "1"]),
+        ("presence_penalty", [-2, 0, 2], [-2.1, 3, math.nan, None]),
+        ("frequency_penalty", [-2, 0.5, 2], [-2.1, 3, math.inf, None]),
         ("ignore_eos", [True, False, np.True_], ["no", None, 2, []]),
     ],
 )
@@ -31,6 +35,18 @@ def test_limits(name, good, bad):
         with pytest.raises(ValueError, match=f"^{name} is .*expected") as error:
             SamplingParams(**{name: value})
         assert "\n" not in str(error.value)
+
+
+def test_limits_of_biases_and_grammars():
+    assert SamplingParams(logit_bias={np.int64(3): 100, 4: np.float32(-0.5)}).logit_bias == {
+        3: 100.0,
+        4: -0.5,
+    }
+    for bad in ([3], {"3": 1.0}, {-1: 1.0}, {3: 101}, {3: math.nan}, {3: "1"}):
+        with pytest.raises(ValueError, match="^logit_bias.*expected"):
+            SamplingParams(logit_bias=bad)
+    with pytest.raises(ValueError, match="grammar is 'json'; expected an object with mask and accept"):
+        SamplingParams(grammar="json")
 
 
 def test_one_stop_string_is_a_list_of_one():

@@ -69,7 +69,7 @@ class Generation(Request):
     lookup: Lookup | None
     adapter: int = NO_ADAPTER
     finish_reason: Literal["stop", "length", "error"] | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -243,11 +243,6 @@ class Engine:
         self._scheduler.add(request)
         return request
 
-    @property
-    def requests(self) -> list[Generation]:
-        """Those that have not ended, in order of arrival."""
-        return self._scheduler.requests
-
     def cancel(self, request: Generation) -> None:
         """Free what a request holds; nothing happens if it has already ended."""
         if request in self._scheduler.requests:
@@ -286,7 +281,11 @@ class Engine:
         do not notice.
 
         Returns:
-            The new tokens: one of each request that has read its prompt, and more where guesses were right.
+            The new tokens: one of each request that has read its prompt, and more where guesses were right. None while
+            all are still reading; `stats` says whether there are requests left.
+
+        Raises:
+            MemoryError: the core has no room for its work, ...; the requests of the step are gone then, with an error.
         """
         if self._speculation and self._n_steps >= self._next_draft:
             self._draft(self._speculation)
@@ -304,11 +303,11 @@ class Engine:
                 row += len(rows)
                 self._read_rows(part, rows, steps)
             return steps
-        except BaseException:
+        except BaseException as error:
             # What the cache holds of these tokens is not known.
             for part in batch:
                 part.request.n_computed = min(part.request.n_computed, part.start)
-                self.cancel(part.request)
+                self._fail(part.request, error)
             raise
 
     def _draft(self, speculation: Speculation) -> None:
@@ -410,9 +409,13 @@ class Engine:
                 request.reads_all = False
                 self._extend(request, logits_RV[len(logits_RV) - n_drawn :], steps)
         except Exception as error:
+            self._fail(request, error)
+            steps.append(Step(request, NO_TOKEN, "", True, []))
+
+    def _fail(self, request: Generation, error: BaseException) -> None:
+        if not request.finish_reason:
             self.cancel(request)
             request.error, request.finish_reason = error, "error"
-            steps.append(Step(request, NO_TOKEN, "", True, []))
 
     def _extend(self, request: Generation, logits_RV: Float32, steps: list[Step]) -> None:
         """Draw the next token of a request, and go on for as long as its drafts are right."""

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from onebit.serve.protocol import MAX_GRAMMAR_CHARS
+
 # A tenth of what llguidance allows, or less: some 20 MB, and some milliseconds for each token.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
@@ -82,7 +84,7 @@ class Vocabulary:
             self._bytes[token] = self._tokenizer.decode_bytes([token])
         return self._bytes[token]
 
-    def from_schema(self, schema: dict[str, Any] | bool) -> Grammar:
+    def from_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that fits a schema.
 
         Raises:
@@ -92,6 +94,10 @@ class Vocabulary:
             text = json.dumps(schema)
         except RecursionError:
             raise GrammarError("the schema is nested too deeply") from None
+        if len(text) > MAX_GRAMMAR_CHARS:
+            raise GrammarError(
+                f"the schema has {len(text):,} characters; at most {MAX_GRAMMAR_CHARS:,} are read"
+            )
         return self._grammar(
             LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
         )

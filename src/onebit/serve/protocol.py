@@ -209,7 +209,7 @@ class JsonSchema(_Strict):
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -251,7 +251,7 @@ class ChatRequest(Sampling):
         return self
 
     @property
-    def schema_text(self) -> dict[str, Any] | bool | None:
+    def schema_text(self) -> dict[str, Any] | None:
         """The JSON schema that the answer has to fit, or None."""
         asked = self.response_format
         if asked is None or asked.type == "text":

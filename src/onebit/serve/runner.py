@@ -267,10 +267,9 @@ class Runner:
         try:
             steps = self.engine.step()
         except Exception as error:
-            # The engine let go of the texts of that step; those that wait go on.
-            kept = set(self.engine.requests)
+            # The texts of that step have ended; those that wait go on.
             self.meter.failed_steps.inc()
-            lost = [request for request in self._live if request not in kept]
+            lost = [request for request in self._live if request.finish_reason]
             self._fail(lost, ApiError(500, f"the model failed ({type(error).__name__})", "step_failed"))
             return
         now = time.perf_counter()
