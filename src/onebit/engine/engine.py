@@ -421,11 +421,10 @@ class Engine:
         """Draw the next token of a request, and go on for as long as its drafts are right."""
         params = request.params
         n_drafts = len(logits_RV) - 1
-        if request is self._probed:
-            request.entropies.append(entropy(logits_RV[0]))
         plain_RV = logits_RV
         if params.changes_logits:
-            plain_RV = logits_RV if params.logprobs is None else logits_RV.copy()
+            is_told = params.logprobs is not None or request is self._probed
+            plain_RV = logits_RV.copy() if is_told else logits_RV
             change(logits_RV[0], params, request.ids[request.n_prompt : len(request.tokens)], request)
         drawn = sample(
             logits_RV,
@@ -438,6 +437,8 @@ class Engine:
             request.seed,
             len(request.tokens) - request.n_prompt,
         )
+        if request is self._probed:
+            request.entropies.append(entropy(plain_RV[0]))
         request.last_token_s = time.perf_counter()
         request.first_token_s = request.first_token_s or request.last_token_s
         request.drafted += n_drafts
