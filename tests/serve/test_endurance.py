@@ -80,6 +80,13 @@ def test_a_full_server_says_when_to_come_back(slow):
     assert (many.status_code, "takes 3 at a time" in many.text) == (400, True)
 
 
+def test_a_stream_comes_while_its_text_grows(slow):
+    with opened(slow, LONG) as sock:
+        sock.recv(1000)
+        assert slow.figure("texts_running") == 1
+    slow.wait_for(lambda: is_idle(slow))
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_vanishes_frees_its_blocks(slow, stream):
     if stream:
