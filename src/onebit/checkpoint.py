@@ -148,6 +148,11 @@ def head_name(config: ModelConfig) -> str:
     return "embed.weight" if config.tied_head else "head.weight"
 
 
+def scale_name(name: str) -> str:
+    """What files call the scale of a matrix."""
+    return f"{name.removesuffix('.weight')}.scale"
+
+
 def tensor_shapes(config: ModelConfig, head: str | None) -> dict[str, tuple[int, ...]]:
     """Canonical name and shape of every tensor of a checkpoint with this head, in file order."""
     shapes = config.tensor_shapes()
@@ -311,6 +316,18 @@ def holds_codes(tensor: Tensor) -> bool:
     if isinstance(tensor, Stored):
         return tensor.codes is not None
     return isinstance(tensor, PackedTensor) and tensor.encoding not in HEADS
+
+
+def arrays(checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a packed model by the names that its file has for them; those of `Checkpoint.sha256`."""
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        assert not isinstance(tensor, Stored)
+        if isinstance(tensor, PackedTensor):
+            found |= {name: tensor.data, scale_name(name): tensor.scale}
+        else:
+            found[name] = tensor
+    return found
 
 
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:

@@ -177,7 +177,9 @@ def test_stop_frees_the_server_and_regenerate_writes_anew(page, server, monkeypa
         stop()
         page.finish()
         server.wait_for(lambda: server.figure("texts_running") == 0)
-        assert "stopped" in page.texts("#turns .figures")[-1] and "seed 5" in page.texts("#turns .figures")[-1]
+        assert (
+            "stopped" in page.texts("#turns .figures")[-1] and "seed 5" in page.texts("#turns .figures")[-1]
+        )
     monkeypatch.undo()
     first = page.finish()[-1]
     page.set(max_tokens=20, seed=5)
@@ -229,7 +231,9 @@ def test_what_a_model_writes_stays_text(page):
 
 def test_the_policy_forbids_other_places_and_inline_scripts(driver, page):
     page.open()
-    page.run("void (document.body.append(Object.assign(document.createElement('script'), {text: 'window.bad = 1'})))")
+    page.run(
+        "void (document.body.append(Object.assign(document.createElement('script'), {text: 'window.bad = 1'})))"
+    )
     page.run("void fetch('http://127.0.0.2:9/').catch(() => 0)")
     seen = []
     page.wait(lambda: len(seen.extend(page.complaints) or seen) >= 2)
@@ -260,7 +264,9 @@ def test_settings_are_remembered_and_sent(page, server):
     page.wait(lambda: not page.one("#settings").is_displayed())
     page.open()
     page.one("#open-settings").click()
-    values = [page.one(f"#{name}").get_attribute("value") for name in ("seed", "max_tokens", "temperature", "top_k")]
+    values = [
+        page.one(f"#{name}").get_attribute("value") for name in ("seed", "max_tokens", "temperature", "top_k")
+    ]
     assert values == ["41", "3", "0", "40"]
     page.one("#settings header button").click()
     page.say("Once upon a time")

@@ -82,7 +82,9 @@ def test_the_dashboard_imports():
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     assert set(re.findall(r'"\$(\w+)\\?"', " ".join(expressions()))) == variables
     places = [panel["gridPos"] for panel in dashboard["panels"]]
-    cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+    cells = [
+        (x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])
+    ]
     assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 

@@ -10,7 +10,7 @@ import pytest
 import onebit
 import tiny
 from onebit import formats
-from onebit.checkpoint import quantize
+from onebit.checkpoint import arrays, quantize
 from onebit.engine.logits import entropy
 from onebit.engine.sampling import SamplingParams
 from onebit.formats import native
@@ -28,7 +28,9 @@ def test_repetition_counts_trigrams_that_were_there_before():
     assert repetition([7] * 5000 + list(range(MOST_TOKENS))) == 0
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0}, {"top_k": 5, "temperature": 1.0}, {"presence_penalty": 1.0}])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {"top_k": 5, "temperature": 1.0}, {"presence_penalty": 1.0}]
+)
 @pytest.mark.parametrize("speculation", [True, False])
 def test_entropies_are_those_of_all_logits_and_change_no_token(params, speculation):
     llm = LLM(tiny.master(), threads=1, speculation=speculation)
@@ -66,7 +68,9 @@ def test_entropy_of_a_row_of_equal_logits_is_the_logarithm_of_their_number():
 def passes(checkpoint, n=1, **options):
     """What the first passes of a check find."""
     found = []
-    check = WeightCheck(checkpoint, lambda changed: (found.append(changed), n <= len(found) and done()), 0, 0.01)
+    check = WeightCheck(
+        checkpoint, lambda changed: (found.append(changed), n <= len(found) and done()), 0, 0.01
+    )
     done = check._closing.set
     check.start()
     check._thread.join(30)
@@ -88,14 +92,14 @@ def checkpoint(tmp_path):
 
 
 def test_the_file_says_the_hash_of_every_array(checkpoint):
-    arrays = native.arrays(checkpoint)
-    assert arrays and arrays.keys() <= checkpoint.sha256.keys()
+    names = arrays(checkpoint).keys()
+    assert names and names <= checkpoint.sha256.keys()
     assert passes(checkpoint) == [[]]
 
 
 def test_one_flipped_bit_is_found_in_codes_scales_and_norms(checkpoint):
     for name in ("layers.0.q.weight", "layers.0.q.scale", "norm.weight"):
-        array = native.arrays(checkpoint)[name].reshape(-1).view(np.uint8)
+        array = arrays(checkpoint)[name].reshape(-1).view(np.uint8)
         array[-1] ^= 1
         assert passes(checkpoint) == [[name]]
         array[-1] ^= 1
@@ -119,7 +123,7 @@ def test_requests_tell_how_they_did(tmp_path):
     llm = onebit.load(threads=1)
     with running({"stories": llm}, log_file=log) as server:
         server.service.served[0].runner.engine.entropy_every = 5
-        body = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 60, "seed": 1, "logit_bias": {"13": 100}}
+        body = {"model": "stories", "prompt": "Once", "max_tokens": 60, "seed": 1, "logit_bias": {"13": 100}}
         for _ in range(2):
             assert server.post("/v1/completions", body).status_code == 200
         server.wait_for(lambda: server.figure("weight_checks_total") == 1)

@@ -368,7 +368,11 @@ class Engine:
                     n_rows += 1
         self._n_step_tokens += n_tokens
         # A few steps without guesses suffice to compare with; one with a row of all logits takes longer.
-        is_timed = is_decoding and self._probed is None and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
+        is_timed = (
+            is_decoding
+            and self._probed is None
+            and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
+        )
         if len(self._logits) < n_rows:
             self._logits = np.empty((n_rows, self._logits.shape[1]), np.float32)
         begun_s = time.perf_counter() if is_timed else 0.0

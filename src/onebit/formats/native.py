@@ -21,7 +21,6 @@ from onebit.checkpoint import (
     LINEAR_ENCODINGS,
     Checkpoint,
     Plan,
-    Stored,
     Tensor,
     check_tensor,
     granularity,
@@ -29,6 +28,7 @@ from onebit.checkpoint import (
     label,
     packed_tensors,
     plan,
+    scale_name,
     scale_shape,
     tensor_shapes,
 )
@@ -115,7 +115,7 @@ def write(
             check_tensor(name, tensor, shapes[name], planned.config, planned.head)
             if isinstance(tensor, PackedTensor):
                 put(name, tensor.data)
-                put(_scale_name(name), tensor.scale)
+                put(scale_name(name), tensor.scale)
             else:
                 put(name, tensor)
         for name, blob in blobs.items():
@@ -154,18 +154,6 @@ def verify(path: str | os.PathLike[str]) -> None:
         damaged = [name for name, tensor in tensors.items() if expected.get(name) != _sha256(tensor)]
         if damaged:
             raise ValueError(f"the bytes of {', '.join(damaged)} fail their sha256; fetch the file again")
-
-
-def arrays(checkpoint: Checkpoint) -> dict[str, Array]:
-    """The arrays of a packed model under the names that a file has for them, and `Checkpoint.sha256` for their bytes."""
-    found: dict[str, Array] = {}
-    for name, tensor in checkpoint.tensors.items():
-        assert not isinstance(tensor, Stored)
-        if isinstance(tensor, PackedTensor):
-            found |= {name: tensor.data, _scale_name(name): tensor.scale}
-        else:
-            found[name] = tensor
-    return found
 
 
 def _open(path: Path) -> tuple[Json, dict[str, Array]]:
@@ -245,7 +233,7 @@ def _take_packed(
     if entry != expected:
         raise ValueError(f"tensor {name} is described as {shorten(entry)}; expected {shorten(expected)}")
     data = _take(name, "u1", packed_shape(encoding, shape), left)
-    scale = _take(_scale_name(name), "<f4", scale_shape(shape, granularity(name, config, encoding)), left)
+    scale = _take(scale_name(name), "<f4", scale_shape(shape, granularity(name, config, encoding)), left)
     return PackedTensor(encoding, shape, data, scale)
 
 
@@ -281,7 +269,7 @@ def _stored_entries(
             n, k = shape
             packed[name] = "U8", packed_shape(encoding, (n, k))
             kind = granularity(name, planned.config, encoding)
-            floats[_scale_name(name)] = "F32", scale_shape((n, k), kind)
+            floats[scale_name(name)] = "F32", scale_shape((n, k), kind)
         else:
             floats[name] = "F32", shape
     return packed | floats
@@ -289,10 +277,6 @@ def _stored_entries(
 
 def _encoding_entry(name: str, encoding: str, shape: tuple[int, int], config: ModelConfig) -> Json:
     return {"encoding": encoding, "shape": list(shape), "scale": granularity(name, config, encoding)}
-
-
-def _scale_name(name: str) -> str:
-    return f"{name.removesuffix('.weight')}.scale"
 
 
 def _digest(header: Json) -> str:

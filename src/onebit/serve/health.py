@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from onebit.checkpoint import Checkpoint
-from onebit.formats import native
-from onebit.formats.tensors import raw
+import numpy as np
+
+from onebit.checkpoint import Checkpoint, arrays
 
 # One step in so many has a row of all logits, for the entropy.
 ENTROPY_EVERY = 100
@@ -64,7 +64,7 @@ class WeightCheck:
         rest: float = REST,
         period_s: float = PERIOD_S,
     ) -> None:
-        self._arrays = native.arrays(checkpoint)
+        self._arrays = arrays(checkpoint)
         self._expected = dict(checkpoint.sha256)
         self._on_pass = on_pass
         self._rest = rest
@@ -87,7 +87,7 @@ class WeightCheck:
             begun_s = time.monotonic()
             changed = []
             for name, array in self._arrays.items():
-                found = self._hash(raw(array))
+                found = self._hash(array.reshape(-1).view(np.uint8).data)
                 if found is None:
                     return
                 if found != self._expected.setdefault(name, found):

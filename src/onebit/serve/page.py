@@ -36,7 +36,11 @@ class Page(StaticFiles):
         super().__init__(directory=FOLDER)
 
     def file_response(
-        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: Scope,
+        status_code: int = 200,
     ) -> Response:
         """A file, or 304 where the browser has it already."""
         response = super().file_response(full_path, stat_result, scope, status_code)
