@@ -46,6 +46,8 @@ test: $(VENV)/.dev ## run the whole test suite
 	@$(call core_tests,$(BIN),build/core,)
 	@if $(HAVE_EMULATORS); then $(MAKE) --no-print-directory emulate; \
 	else echo "onebit: left out: the kernel tests on instruction sets that this machine lacks ($(EMULATOR_PACKAGES))" >&2; fi
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	echo "onebit: left out: the tests of the server's page in a browser (apt install chromium chromium-driver)" >&2
 	@$(BIN)/python -m pytest
 
 emulate: $(VENV)/.dev ## run the kernel tests on instruction sets that this machine lacks

@@ -85,6 +85,7 @@ class Checkpoint:
         tokenizer: bytes of tokenizer.json, or None.
         chat_template: a Jinja template, or None.
         provenance: where the model comes from, as JSON values.
+        sha256: of the bytes of tensors, as the file that they come from says; empty where it says nothing.
 
     Raises:
         ValueError: a missing, extra or misshapen tensor, another dtype, a value that is not finite, a scale
@@ -96,6 +97,7 @@ class Checkpoint:
     tokenizer: bytes | None = None
     chat_template: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.label}, {len(self.tensors)} tensors)"
@@ -144,6 +146,11 @@ class Checkpoint:
 def head_name(config: ModelConfig) -> str:
     """The tensor that is the head."""
     return "embed.weight" if config.tied_head else "head.weight"
+
+
+def scale_name(name: str) -> str:
+    """What files call the scale of a matrix."""
+    return f"{name.removesuffix('.weight')}.scale"
 
 
 def tensor_shapes(config: ModelConfig, head: str | None) -> dict[str, tuple[int, ...]]:
@@ -224,7 +231,7 @@ def quantize(checkpoint: Checkpoint, encoding: str | None = None, head: str | No
         return checkpoint
     planned = plan(checkpoint, encoding, head)
     tensors: dict[str, Tensor] = dict(packed_tensors(checkpoint, planned))
-    return replace(checkpoint, config=planned.config, tensors=tensors)
+    return replace(checkpoint, config=planned.config, tensors=tensors, sha256={})
 
 
 def packed_tensors(checkpoint: Checkpoint, planned: Plan) -> Iterator[tuple[str, ReadyTensor]]:
@@ -313,12 +320,24 @@ def holds_codes(tensor: Tensor) -> bool:
     return isinstance(tensor, PackedTensor) and tensor.encoding not in HEADS
 
 
+def arrays(checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a packed model by the names that its file has for them; those of `Checkpoint.sha256`."""
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        assert not isinstance(tensor, Stored)
+        if isinstance(tensor, PackedTensor):
+            found |= {name: tensor.data, scale_name(name): tensor.scale}
+        else:
+            found[name] = tensor
+    return found
+
+
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     """Expand a packed model to float32 tensors, codes * scale. A master is returned as it is."""
     tensors: dict[str, Tensor] = {
         name: to_dense(checkpoint.tensors[name]) for name in checkpoint.config.tensor_shapes()
     }
-    return replace(checkpoint, tensors=tensors)
+    return replace(checkpoint, tensors=tensors, sha256={})
 
 
 def to_dense(tensor: Tensor) -> Float32:

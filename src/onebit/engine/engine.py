@@ -17,7 +17,7 @@ import numpy as np
 
 from onebit.config import ModelConfig
 from onebit.engine.blocks import ROOT, BlockPool
-from onebit.engine.logits import change, token_logprobs
+from onebit.engine.logits import change, entropy, token_logprobs
 from onebit.engine.model import BLOCK_TOKENS, Float32, Int32, Model, sample
 from onebit.engine.sampling import SamplingParams, TokenLogprobs, random_seed
 from onebit.engine.scheduler import Batch, Request, Scheduler, Slice
@@ -54,6 +54,7 @@ class Generation(Request):
         logprobs: of every token generated, if params ask for them.
         prompt_logprobs: of the tokens of the prompt, as far as it is read, if params ask for them; None for the first,
             which follows nothing.
+        entropies: of the distributions that some of its tokens were drawn from; see `Engine.entropy_every`.
         drafted: guesses that were computed, and of these accepted: those that were right.
         started_s: when the request was made, on the monotonic clock; likewise first_token_s and last_token_s.
     """
@@ -71,6 +72,7 @@ class Generation(Request):
     error: BaseException | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     started_s: float = 0.0
@@ -159,6 +161,9 @@ class Engine:
         ValueError: n_blocks, max_step_tokens or max_num_seqs below 1.
     """
 
+    # One step in so many tells one of its texts the entropy of its distribution, each in turn; 0: none does.
+    entropy_every = 0
+
     def __init__(
         self,
         model: Model,
@@ -183,6 +188,7 @@ class Engine:
             self.pool, max_step_tokens, min(max_step_tokens, MAX_PROMPT_ROWS), max_num_seqs, prefix_cache
         )
         self._n_steps = self._n_step_tokens = self._next_draft = 0
+        self._probed: Generation | None = None
         # What a step hands to the core; filled anew for each.
         self._numbers = np.arange(max(model.config.max_seq_len, max_step_tokens), dtype=np.int32)
         self._tokens = np.empty(max_step_tokens, np.int32)
@@ -289,6 +295,7 @@ class Engine:
         if not batch:
             return []
         self._n_steps += 1
+        self._probed = self._choose_probed(batch)
         try:
             logits_RV = self._forward(batch)
             steps: list[Step] = []
@@ -324,6 +331,12 @@ class Engine:
                 if guesses:
                     self._next_draft = self._n_steps + 1
 
+    def _choose_probed(self, batch: Batch[Generation]) -> Generation | None:
+        if not self.entropy_every or self._n_steps % self.entropy_every:
+            return None
+        drawing = [part.request for part in batch if part.is_last]
+        return drawing[self._n_steps // self.entropy_every % len(drawing)] if drawing else None
+
     def _forward(self, batch: Batch[Generation]) -> Float32:
         """Compute a batch; returns the logits of the last `_n_rows` tokens of each part."""
         self._make_room(len(batch), max(len(part.request.blocks) for part in batch))
@@ -349,12 +362,19 @@ class Engine:
             starts[i + 1] = n_tokens
             if more_rows := _n_rows(part):
                 self._top_k[n_rows : n_rows + more_rows] = request.n_best
+                if request is self._probed:
+                    # An entropy needs all logits.
+                    self._top_k[n_rows + more_rows - 1 - n_drafts] = 0
                 for row in range(n_tokens - more_rows, n_tokens):
                     self._rows[n_rows] = row
                     n_rows += 1
         self._n_step_tokens += n_tokens
-        # A few steps without guesses suffice to compare with.
-        is_timed = is_decoding and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
+        # A few steps without guesses suffice to compare with; one with a row of all logits takes longer.
+        is_timed = (
+            is_decoding
+            and self._probed is None
+            and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
+        )
         if len(self._logits) < n_rows:
             self._logits = np.empty((n_rows, self._logits.shape[1]), np.float32)
         begun_s = time.perf_counter() if is_timed else 0.0
@@ -409,7 +429,8 @@ class Engine:
         n_drafts = len(logits_RV) - 1
         plain_RV = logits_RV
         if params.changes_logits:
-            plain_RV = logits_RV if params.logprobs is None else logits_RV.copy()
+            is_told = params.logprobs is not None or request is self._probed
+            plain_RV = logits_RV.copy() if is_told else logits_RV
             change(logits_RV[0], params, request.ids[request.n_prompt : len(request.tokens)], request)
         drawn = sample(
             logits_RV,
@@ -422,6 +443,8 @@ class Engine:
             request.seed,
             len(request.tokens) - request.n_prompt,
         )
+        if request is self._probed:
+            request.entropies.append(entropy(plain_RV[0]))
         request.last_token_s = time.perf_counter()
         request.first_token_s = request.first_token_s or request.last_token_s
         request.drafted += n_drafts

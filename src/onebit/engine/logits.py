@@ -72,3 +72,17 @@ def token_logprobs(logits_V: Float32, token: int, n_top: int) -> TokenLogprobs:
         ids = ids[np.argsort(-logits_V[ids], kind="stable")][:n_top]
         top = [(int(i), float(logits_V[i]) - log_sum) for i in ids]
     return TokenLogprobs(token, float(logits_V[token]) - log_sum, top)
+
+
+def entropy(logits_V: Float32) -> float:
+    """How undecided a distribution is, in nats: 0 for a certain token, log V where all are alike.
+
+        H = log(sum(exp(logits))) - sum(p * logits)         in float32, summed in float64
+
+    Args:
+        logits_V: float32 [V], all of them, as the model gives them.
+    """
+    shifted_V = logits_V - logits_V.max()
+    weights_V = np.exp(shifted_V)
+    total = float(weights_V.sum(dtype=np.float64))
+    return max(float(np.log(total)) - float((weights_V * shifted_V).sum(dtype=np.float64)) / total, 0.0)

@@ -28,6 +28,7 @@ from onebit.checkpoint import (
     label,
     packed_tensors,
     plan,
+    scale_name,
     scale_shape,
     tensor_shapes,
 )
@@ -114,7 +115,7 @@ def write(
             check_tensor(name, tensor, shapes[name], planned.config, planned.head)
             if isinstance(tensor, PackedTensor):
                 put(name, tensor.data)
-                put(_scale_name(name), tensor.scale)
+                put(scale_name(name), tensor.scale)
             else:
                 put(name, tensor)
         for name, blob in blobs.items():
@@ -194,6 +195,7 @@ def _checkpoint(metadata: dict[str, str], stored: dict[str, Array]) -> Checkpoin
     config = ModelConfig.from_dict(container.parse_json(metadata["config"], "config"))
     encodings = container.parse_json(metadata["encodings"], "encodings")
     provenance = container.parse_json(metadata["provenance"], "provenance")
+    hashes = container.parse_json(metadata["sha256"], "sha256")
     # Before the names of all layers are listed: a hostile config may claim millions.
     if config.n_layers > len(stored):
         raise ValueError(f"the config claims {config.n_layers} layers; the file has {len(stored)} tensors")
@@ -215,7 +217,7 @@ def _checkpoint(metadata: dict[str, str], stored: dict[str, Array]) -> Checkpoin
         template = None if chat_template is None else chat_template.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{_CHAT_TEMPLATE} is not UTF-8; the file is damaged") from None
-    return Checkpoint(config, tensors, tokenizer, template, provenance)
+    return Checkpoint(config, tensors, tokenizer, template, provenance, hashes)
 
 
 def _take_packed(
@@ -231,7 +233,7 @@ def _take_packed(
     if entry != expected:
         raise ValueError(f"tensor {name} is described as {shorten(entry)}; expected {shorten(expected)}")
     data = _take(name, "u1", packed_shape(encoding, shape), left)
-    scale = _take(_scale_name(name), "<f4", scale_shape(shape, granularity(name, config, encoding)), left)
+    scale = _take(scale_name(name), "<f4", scale_shape(shape, granularity(name, config, encoding)), left)
     return PackedTensor(encoding, shape, data, scale)
 
 
@@ -267,7 +269,7 @@ def _stored_entries(
             n, k = shape
             packed[name] = "U8", packed_shape(encoding, (n, k))
             kind = granularity(name, planned.config, encoding)
-            floats[_scale_name(name)] = "F32", scale_shape((n, k), kind)
+            floats[scale_name(name)] = "F32", scale_shape((n, k), kind)
         else:
             floats[name] = "F32", shape
     return packed | floats
@@ -275,10 +277,6 @@ def _stored_entries(
 
 def _encoding_entry(name: str, encoding: str, shape: tuple[int, int], config: ModelConfig) -> Json:
     return {"encoding": encoding, "shape": list(shape), "scale": granularity(name, config, encoding)}
-
-
-def _scale_name(name: str) -> str:
-    return f"{name.removesuffix('.weight')}.scale"
 
 
 def _digest(header: Json) -> str:

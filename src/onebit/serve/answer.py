@@ -18,6 +18,7 @@ from onebit.engine.engine import Generation
 from onebit.serve.forms import Form
 from onebit.serve.gate import Record
 from onebit.serve.grammar import GrammarError
+from onebit.serve.health import repetition
 from onebit.serve.protocol import ApiError, Sampling
 from onebit.serve.runner import Job, Piece, Ticket
 from onebit.serve.service import Place
@@ -53,7 +54,7 @@ class Answer(Response):
             record.prompt_tokens = sum(len(job[0]) for job in jobs[:: self._n // n_prompts])
             ticket = runner.submit(jobs, is_streamed=bool(self._body.stream))
             usage = _Usage(record, scope["state"]["begun_s"])
-            with _watched(receive, ticket):
+            with _watched(receive, ticket), usage:
                 if self._body.stream:
                     await self._stream(ticket, form, usage, send)
                 else:
@@ -114,14 +115,26 @@ class Answer(Response):
 
 
 class _Usage:
-    """Counts the tokens of an answer."""
+    """Counts the tokens of an answer, and says in the end how its texts did."""
 
     def __init__(self, record: Record, begun_s: float) -> None:
         self.record = record
         self._begun_s = begun_s
+        self._generations: set[Generation] = set()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        # Also of a text that its reader gave up: there may have been a reason.
+        shares = [share for g in self._generations if (share := repetition(g.generated)) is not None]
+        entropies = [entropy for g in self._generations for entropy in g.entropies]
+        self.record.repetition = max(shares, default=None)
+        self.record.entropy = sum(entropies) / len(entropies) if entropies else None
 
     def take(self, generation: Generation, n_tokens: int) -> None:
         self.record.completion_tokens += n_tokens
+        self._generations.add(generation)
         if self.record.first_token_s is None:
             self.record.first_token_s = (generation.first_token_s or time.perf_counter()) - self._begun_s
 

@@ -27,6 +27,7 @@ from onebit.serve.answer import Answer
 from onebit.serve.forms import ChatForm, CompletionForm, Form, TokenBytes
 from onebit.serve.gate import Gate, Log
 from onebit.serve.grammar import Grammar
+from onebit.serve.page import Page
 from onebit.serve.protocol import (
     ApiError,
     ChatRequest,
@@ -77,7 +78,9 @@ def create_app(
     # Without the pages that show the API: they load scripts of others.
     app = FastAPI(title="onebit", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.state.page = page = Page()
     app.include_router(router)
+    app.mount("/static", page)
     app.add_exception_handler(HTTPException, _tell)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
     app.add_middleware(Gate, service=service, log=log)
@@ -90,6 +93,13 @@ def create_app(
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
+
+
+@router.get("/", include_in_schema=False)
+async def index(request: Request) -> Response:
+    """The page: a chat and a dashboard."""
+    page: Page = request.app.state.page
+    return await page.get_response("index.html", request.scope)
 
 
 @router.get("/v1/models")

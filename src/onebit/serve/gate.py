@@ -44,6 +44,8 @@ class Record:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_s: float | None = None
+    repetition: float | None = None
+    entropy: float | None = None
     duration_s: float = 0.0
     outcome: str = ""
     error: str | None = None
@@ -206,9 +208,13 @@ class Gate:
             metrics.duration.labels(record.model).observe(record.duration_s)
             if record.first_token_s is not None:
                 metrics.first_token.labels(record.model).observe(record.first_token_s)
+            if record.repetition is not None:
+                metrics.repetition.labels(record.model).observe(record.repetition)
+            if record.entropy is not None:
+                metrics.entropy.labels(record.model).observe(record.entropy)
         values = {name: value for name, value in asdict(record).items() if value not in (None, 0, "")}
-        times = {name: round(values[name], 6) for name in ("first_token_s", "duration_s") if name in values}
-        self.log.write({"time": round(time.time(), 3)} | values | times)
+        rounded = {name: round(value, 6) for name, value in values.items() if isinstance(value, float)}
+        self.log.write({"time": round(time.time(), 3)} | values | rounded)
 
 
 def _outcome(status: int) -> str:

@@ -7,9 +7,10 @@ Counters of the engine are read when somebody asks; times are observed as they h
     metrics.text()
 """
 
+import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -19,6 +20,8 @@ FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 INTERVAL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 
 # Fields of the engine's statistics, and what they are called outside.
 GAUGES = {
@@ -45,6 +48,15 @@ class Meter:
         self.failed_steps = metrics.failed_steps.labels(model)
         self.batch = metrics.batch.labels(model)
         self.tokens = metrics.completion_tokens.labels(model)
+        self._flipped = metrics.flipped.labels(model)
+        self._checks = metrics.checks.labels(model)
+        self._checked = metrics.checked.labels(model)
+
+    def weights_checked(self, changed: list[str]) -> None:
+        """Take in the names of tensors that are not as in the file."""
+        self._flipped.set(len(changed))
+        self._checks.inc()
+        self._checked.set(time.time())
 
 
 class Metrics:
@@ -93,6 +105,35 @@ class Metrics:
         )
         self.failed_steps = Counter(
             "onebit_failed_steps", "Forward passes that failed", ["model"], registry=registry
+        )
+        self.repetition = Histogram(
+            "onebit_repetition",
+            "Share of 3-grams of a request's text that it had before",
+            ["model"],
+            buckets=SHARES,
+            registry=registry,
+        )
+        self.entropy = Histogram(
+            "onebit_entropy_nats",
+            "Mean entropy of the distributions that some tokens of a request were drawn from",
+            ["model"],
+            buckets=NATS,
+            registry=registry,
+        )
+        self.flipped = Gauge(
+            "onebit_flipped_tensors",
+            "Weight tensors whose bytes in memory are not those of the file",
+            ["model"],
+            registry=registry,
+        )
+        self.checks = Counter(
+            "onebit_weight_checks", "Times that all weights were hashed", ["model"], registry=registry
+        )
+        self.checked = Gauge(
+            "onebit_weight_check_timestamp_seconds",
+            "When all weights were last hashed, in Unix time; 0: not yet",
+            ["model"],
+            registry=registry,
         )
         self.lost_log_lines = Counter(
             "onebit_lost_log_lines", "Lines that could not be written to the log", registry=registry

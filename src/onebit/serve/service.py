@@ -20,6 +20,7 @@ from onebit.engine.memory import position_bytes
 from onebit.engine.model import BLOCK_TOKENS
 from onebit.engine.sampling import SamplingParams
 from onebit.serve.grammar import Grammar, GrammarError, Vocabulary
+from onebit.serve.health import ENTROPY_EVERY, WeightCheck
 from onebit.serve.metrics import Metrics
 from onebit.serve.protocol import ApiError
 from onebit.serve.runner import Runner
@@ -85,7 +86,10 @@ class Served:
         most = min(llm.config.max_seq_len, engine.pool.n_blocks * BLOCK_TOKENS)
         self.context = min(options.context or most, most)
         capacity = options.max_num_seqs + options.max_queue
-        self.runner = Runner(engine, capacity, metrics.meter(name, engine))
+        engine.entropy_every = ENTROPY_EVERY
+        meter = metrics.meter(name, engine)
+        self.runner = Runner(engine, capacity, meter)
+        self.weights = WeightCheck(llm.checkpoint, meter.weights_checked)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -156,6 +160,7 @@ class Service:
         """Start the engines, and run each once."""
         for served in self.served:
             served.runner.start(asyncio.get_running_loop())
+            served.weights.start()
         for served in self.served:
             try:
                 await served.warm_up()
@@ -187,6 +192,7 @@ class Service:
         """End the threads."""
         for served in self.served:
             served.runner.close()
+            served.weights.close()
         for pool in (self._quick, self._slow, self._grammar):
             pool.shutdown(wait=False, cancel_futures=True)
 
