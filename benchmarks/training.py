@@ -30,7 +30,7 @@ from onebit.train.recipe import Recipe
 KINDS = {"ternary": "b1.58", "binary": "b1", "full precision": "b1.58-dense"}
 SEQ_LEN, BATCH, VOCABULARY = 256, 8, 1024
 # Width, layers, seeds: the larger a model, the less seeds differ and the more they cost.
-SIZES = [(32, 2, 3), (64, 2, 3), (96, 3, 3), (128, 4, 2), (192, 4, 1)]
+SIZES = [(32, 2, 3), (48, 2, 3), (64, 2, 3), (96, 3, 3), (128, 4, 2)]
 BASE, SMALL = (64, 2), (96, 3)
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 # Each alone against the default, at one size.
