@@ -26,7 +26,8 @@ LAYERS = [
     {"parts"},
     {"formats", "_core"},
     {"nn", "engine"},
-    {"train", "llm", "conversion", "serve"},
+    {"train", "llm", "conversion"},
+    {"serve"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.
@@ -48,6 +49,7 @@ OWNERS = {
     "uvicorn": {"serve"},
     "prometheus_client": {"serve"},
     "llguidance": {"serve"},
+    "ray": {"serve"},
 }
 
 MAX_LINES = 700
