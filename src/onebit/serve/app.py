@@ -89,7 +89,8 @@ def create_app(
             log.close()
 
     # Without the pages that show the API: they load scripts of others.
-    app = FastAPI(title="onebit", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # Redirects would name the host that the request made up.
+    app = FastAPI(title="onebit", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = cache(partial(document, app, bool(service.options.api_keys)))  # type: ignore[method-assign]
     app.state.service = service
     app.include_router(router)

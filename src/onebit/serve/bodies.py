@@ -180,14 +180,15 @@ _REASONS = {
     404: "there is no such model",
     408: "the body did not arrive in time",
     413: "the body is too large",
+    415: "the body is compressed",
     429: "the server is full; Retry-After says when to come back",
     500: "the server failed",
     503: "the server is shutting down, or the model has stopped",
 }
 _Answers = dict[int | str, dict[str, Any]]
-_ALWAYS = (403, 500)
+_ALWAYS = (400, 403, 415, 500)
 _ASKED = (*_ALWAYS, 401, 503)
-_READ = (*_ASKED, 400, 404, 408, 413)
+_READ = (*_ASKED, 404, 408, 413)
 
 
 def open_answers(body: type[BaseModel]) -> _Answers:
