@@ -76,8 +76,7 @@ def main() -> None:
     llm = onebit.load(threads=1)
     params = SamplingParams(max_tokens=40, temperature=0)
     expected = {prompt: llm.generate(prompt, params).text for prompt in PROMPTS}
-    # Ray runs its workers at a low priority; a busy machine would never get round to them.
-    ray.init(num_cpus=4, include_dashboard=False, _system_config={"worker_niceness": 0})
+    ray.init(num_cpus=4, include_dashboard=False)
     try:
         serve.run(app(Arguments.model_validate({"replicas": "2", "memory": "64MiB"})))
         first = ask(48, expected)

@@ -1,4 +1,4 @@
-"""Invariant: requests that bend HTTP, and grammars that ask for too much, end with a clear answer; others notice nothing."""
+"""Invariant: requests that bend HTTP, and grammars that ask for too much, get a clear answer; others notice nothing."""
 
 import gzip
 import json
@@ -50,22 +50,18 @@ REQUESTS = {
     "negative chunk": (POST % b"transfer-encoding: chunked" + b"-5\r\nabcde\r\n0\r\n\r\n", 400),
     "long extension": (POST % b"transfer-encoding: chunked" + b"5;" + b"a" * 1_000_000 + b"\r\n", 400),
     "gzip": (POST % (b"content-encoding: gzip\r\ncontent-length: %d" % len(BOMB)) + BOMB, 415),
-    # As most readers do, the last one counts.
-    "field twice": (
-        POST % b"content-length: 48" + b'{"max_tokens": -5, "prompt":"H", "max_tokens": 1}'[:48],
-        400,
-    ),
+    # As most readers do it, the last one counts.
+    "field twice": (POST % b"content-length: 49" + b'{"max_tokens": 1, "prompt": "", "max_tokens": -5}', 400),
 }
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_bent_requests_are_answered_and_closed(server, name):
     data, status = REQUESTS[name]
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            answer = pool.submit(raw, server, data).result()
-        except BrokenPipeError:
-            answer = b""
+    try:
+        answer = raw(server, data)
+    except BrokenPipeError:
+        answer = b""
     # The connection may be reset before the answer to a flood has been read.
     if answer or len(data) < 500_000:
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:300]

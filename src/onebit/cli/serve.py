@@ -55,7 +55,8 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="A name that requests may call the server by, when it is open and on loopback; repeatable."
+            help="A name that requests may call the server by; repeatable. Default: any, but for an open server on "
+            "loopback its usual names."
         ),
     ] = None,
     log_file: Annotated[
@@ -82,7 +83,7 @@ def serve(
         cache_bytes=_bytes(memory),
         api_keys=keys,
         allow_origins=allow_origin or (),
-        allow_hosts=[] if keys else _hosts(host, allow_host or []),
+        allow_hosts=_hosts(host, allow_host or [], is_open=not keys),
     )
     # Before a large model is loaded for a port that is taken.
     with listen(host, port) as sock:
@@ -144,13 +145,13 @@ def _keys(given: list[str], path: Path | None) -> list[str]:
     return [key for key in keys if key]
 
 
-def _hosts(host: str, allowed: list[str]) -> list[str]:
-    """What an open server may be called: on loopback its usual names, elsewhere anything unless told."""
+def _hosts(host: str, allowed: list[str], is_open: bool) -> list[str]:
+    """What the server may be called: if it is open and on loopback, its usual names; otherwise anything unless told."""
     try:
         is_loopback = host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         is_loopback = False
-    usual = [host, "localhost", "127.0.0.1", "::1"] if is_loopback else []
+    usual = [host, "localhost", "127.0.0.1", "::1"] if is_loopback and is_open else []
     return [name.lower() for name in [*usual, *allowed]]
 
 
