@@ -33,7 +33,7 @@ HAVE_EMULATORS := command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu
 EMULATOR_PACKAGES := apt install g++-aarch64-linux-gnu qemu-user
 
 .DEFAULT_GOAL := help
-.PHONY: help run test emulate lint format sanitize fuzz bench clean
+.PHONY: help run test emulate lint format sanitize fuzz ray bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -82,6 +82,10 @@ sanitize: $(SANITIZE)/.built ## run the tests of the core under AddressSanitizer
 fuzz: $(VENV)/.fuzz ## throw damaged files at the readers for MINUTES (10)
 	@$(BIN)/python tests/fuzz/readers.py --minutes $(MINUTES)
 
+# A busy machine never gets round to Ray's workers at the low priority that they have otherwise.
+ray: $(VENV)/.ray ## two replicas of the server under Ray Serve, one of which is killed under load
+	@RAY_worker_niceness=0 RAY_AUTH_MODE=disabled $(BIN)/python tests/serve/replicas.py
+
 bench: $(PEERS)/.built ## measure speed beside the machine's limits and other engines (BENCH="--quick")
 	@$(PEERS)/bin/python benchmarks/speed.py $(BENCH)
 
@@ -113,6 +117,10 @@ $(VENV)/.dev: $(NATIVE) | $(VENV)/.toolchain
 
 $(VENV)/.fuzz: $(VENV)/.dev
 	@$(PIP) atheris
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.dev
+	@$(PIP) "ray[serve]"
 	@touch $@
 
 $(SANITIZE)/.built: $(NATIVE) $(shell find src -name '*.py') | $(VENV)/.toolchain

@@ -26,8 +26,8 @@ LAYERS = [
     {"parts"},
     {"formats", "_core"},
     {"nn", "engine"},
-    {"train", "llm", "conversion", "serve"},
-    {"eval"},
+    {"train", "llm", "conversion"},
+    {"eval", "serve"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.
@@ -51,6 +51,7 @@ OWNERS = {
     "llguidance": {"serve"},
     "lm_eval": {"eval"},
     "datasets": {"eval"},
+    "ray": {"serve"},
 }
 
 MAX_LINES = 700

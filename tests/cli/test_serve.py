@@ -70,6 +70,16 @@ def test_options_reach_the_server(serve):
     assert service.served[0].runner.capacity == 7
 
 
+def test_an_open_server_on_loopback_knows_its_names(serve):
+    def hosts(*args):
+        return set(serve("-m", "one.onebit", *args).options.allow_hosts)
+
+    assert hosts() == {"localhost", "127.0.0.1", "::1"}
+    assert hosts("--allow-host", "Box") == {"localhost", "127.0.0.1", "::1", "box"}
+    assert hosts("--api-key", "key") == hosts("--host", "0.0.0.0") == set()
+    assert hosts("--host", "0.0.0.0", "--allow-host", "box") == {"box"}
+
+
 def test_memory_for_less_than_the_context_shortens_it(serve):
     assert serve("-m", "one.onebit", "--memory", "40K").served[0].context < tiny.CONFIG.max_seq_len
 

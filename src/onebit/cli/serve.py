@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +52,13 @@ def serve(
         list[str] | None,
         typer.Option(help="Web pages of others that may use the server, as https://example.com; repeatable."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that requests may call the server by; repeatable. Default: any, but for an open server on "
+            "loopback its usual names."
+        ),
+    ] = None,
     log_file: Annotated[
         Path | None, typer.Option(help="Gets a line of JSON for each request; default: stderr.")
     ] = None,
@@ -66,14 +74,16 @@ def serve(
     from onebit.serve.server import Server, listen
     from onebit.serve.service import Options
 
+    keys = _keys(api_key or [], api_key_file)
     options = Options(
         max_num_seqs=_at_least("--max-num-seqs", max_num_seqs, 1),
         max_batched_tokens=_at_least("--max-batched-tokens", max_batched_tokens, 1),
         max_queue=_at_least("--max-queue", max_queue, 0),
         context=None if context is None else _at_least("--context", context, 1),
         cache_bytes=_bytes(memory),
-        api_keys=_keys(api_key or [], api_key_file),
+        api_keys=keys,
         allow_origins=allow_origin or (),
+        allow_hosts=_hosts(host, allow_host or [], is_open=not keys),
     )
     # Before a large model is loaded for a port that is taken.
     with listen(host, port) as sock:
@@ -133,6 +143,16 @@ def _keys(given: list[str], path: Path | None) -> list[str]:
     elif "" in keys:
         raise ValueError("--api-key is empty; leave it out for a server that is open to all")
     return [key for key in keys if key]
+
+
+def _hosts(host: str, allowed: list[str], is_open: bool) -> list[str]:
+    """What the server may be called: if it is open and on loopback, its usual names; otherwise anything unless told."""
+    try:
+        is_loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    usual = [host, "localhost", "127.0.0.1", "::1"] if is_loopback and is_open else []
+    return [name.lower() for name in [*usual, *allowed]]
 
 
 def _bytes(text: str) -> int:

@@ -8,7 +8,7 @@ import base64
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -24,6 +24,20 @@ from onebit.engine.engine import check_tokens
 from onebit.engine.sampling import SamplingParams
 from onebit.engine.tokenizer import Tokenizer
 from onebit.serve.answer import Answer
+from onebit.serve.bodies import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingsBody,
+    ModelBody,
+    ModelsBody,
+    StateBody,
+    TextBody,
+    TokensBody,
+    answers,
+    answers_to_body,
+    document,
+    open_answers,
+)
 from onebit.serve.forms import ChatForm, CompletionForm, Form, TokenBytes
 from onebit.serve.gate import Gate, Log
 from onebit.serve.grammar import Grammar
@@ -76,7 +90,9 @@ def create_app(
             log.close()
 
     # Without the pages that show the API: they load scripts of others.
-    app = FastAPI(title="onebit", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # Redirects would name the host that the request made up.
+    app = FastAPI(title="onebit", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.openapi = cache(partial(document, app, bool(service.options.api_keys)))  # type: ignore[method-assign]
     app.state.service = service
     app.state.page = page = Page()
     app.include_router(router)
@@ -102,19 +118,19 @@ async def index(request: Request) -> Response:
     return await page.get_response("index.html", request.scope)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(ModelsBody), response_model=None)
 async def models(request: Request) -> dict[str, Any]:
     """The models of this server, and their adapters."""
     return {"object": "list", "data": [_model(place) for place in _service(request).all_places()]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=answers(ModelBody, 404), response_model=None)
 async def model(model: str, request: Request) -> dict[str, Any]:
     """One model."""
     return _model(_service(request).find(model))
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=answers_to_body(CompletionBody, 429, streams=True))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue texts."""
     service = _service(request)
@@ -142,7 +158,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return Answer(place, body, len(prompts) * (body.n or 1), prepare)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=answers_to_body(ChatBody, 429, streams=True))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     service = _service(request)
@@ -163,7 +179,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     return Answer(place, body, body.n or 1, prepare)
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", responses=answers_to_body(EmbeddingsBody, 429), response_model=None)
 async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
     """Turn texts into vectors: the mean of the hidden states of their tokens."""
     service = _service(request)
@@ -193,7 +209,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
     return {"object": "list", "data": data, "model": place.name, "usage": usage}
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=answers_to_body(TokensBody), response_model=None)
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """The tokens of a text or a conversation."""
     service = _service(request)
@@ -213,7 +229,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     return {"tokens": tokens, "count": len(tokens), "max_model_len": place.served.context}
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=answers_to_body(TextBody), response_model=None)
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     """The text of tokens."""
     service = _service(request)
@@ -221,21 +237,21 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     return {"prompt": await service.work(lambda: tokenizer.decode(body.tokens))}
 
 
-@router.get("/health")
+@router.get("/health", responses=open_answers(StateBody))
 async def health(request: Request) -> Response:
     """Whether the server works: every engine's thread is alive."""
     is_alive = all(s.runner.is_alive for s in _service(request).served)
     return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
 
 
-@router.get("/ready")
+@router.get("/ready", responses=open_answers(StateBody))
 async def ready(request: Request) -> Response:
     """Whether the server takes requests: warmed up, and not shutting down."""
     state = _service(request).state
     return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses=answers(None), response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     return Response(_service(request).metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})

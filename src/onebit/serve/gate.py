@@ -148,6 +148,17 @@ class Gate:
             self._account(scope, record)
 
     def _check(self, path: str, headers: Headers) -> None:
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy before this server may go by the other one, and see another request begin.
+            raise ApiError(400, "the request has both Content-Length and Transfer-Encoding; send one of them")
+        coding = headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise ApiError(415, f"the body is coded as {ascii(coding[:100])}; send it plain")
+        host, hosts = _host_name(headers.get("host", "")), self.service.options.allow_hosts
+        # A web page can have its own name point here, and is then of the same origin as this server.
+        if hosts and host not in hosts:
+            shown = ascii(host[:100])
+            raise ApiError(403, f"this server is not called {shown}; --allow-host names it so")
         origin, allowed = headers.get("origin"), self.service.options.allow_origins
         # The browser of a visitor of another page would otherwise compute for it, even if it may not read the answer.
         if origin is not None and origin not in allowed and "*" not in allowed:
@@ -215,6 +226,12 @@ class Gate:
         values = {name: value for name, value in asdict(record).items() if value not in (None, 0, "")}
         rounded = {name: round(value, 6) for name, value in values.items() if isinstance(value, float)}
         self.log.write({"time": round(time.time(), 3)} | values | rounded)
+
+
+def _host_name(host: str) -> str:
+    """A Host header without its port."""
+    name, _, port = host.lower().rpartition(":")
+    return (name if name and port.isdecimal() else host.lower()).strip("[]")
 
 
 def _outcome(status: int) -> str:

@@ -104,6 +104,8 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Headers are measured only while they are incomplete, so they must not come in one piece.
+        transport.max_size = MAX_HEADER_BYTES  # type: ignore[attr-defined]
         self._last_cycle: Any = None
         self._deadline = self.loop.call_later(HEADER_SECONDS, self._end_if_silent)
         if len(self.connections) > MAX_CONNECTIONS:

@@ -8,6 +8,7 @@ service.close()
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # Longest that a grammar may take to be read. What llguidance allows takes less, so this is for what nobody thought of.
 GRAMMAR_SECONDS = 10
+# Address space, of which only what is used takes memory.
+GRAMMAR_STACK_BYTES = 2**30
 
 # Characters of a text, or bytes, that take a moment.
 LARGE = 50_000
@@ -50,6 +53,7 @@ class Options:
         max_body_bytes: of a request.
         api_keys: any of them opens the server; none: open to all.
         allow_origins: web pages of others that may use it; "*": all.
+        allow_hosts: names without port that requests may call the server by, in lower case; none: any.
         read_s: seconds that a request's body may take to arrive.
         write_s: seconds that a client may take to read what it is sent.
     """
@@ -62,8 +66,20 @@ class Options:
     max_body_bytes: int = 4 * 2**20
     api_keys: Sequence[str] = field(default=(), repr=False)
     allow_origins: Sequence[str] = ()
+    allow_hosts: Sequence[str] = ()
     read_s: float = 30.0
     write_s: float = 30.0
+
+
+def _deep_thread(name: str) -> ThreadPoolExecutor:
+    """A thread for what recurses as deep as its input is long: a stack that overflows would end the server."""
+    pool = ThreadPoolExecutor(1, name)
+    before = threading.stack_size(GRAMMAR_STACK_BYTES)
+    try:
+        pool.submit(int).result()
+    finally:
+        threading.stack_size(before)
+    return pool
 
 
 class Served:
@@ -154,7 +170,7 @@ class Service:
         # Apart, so that a grammar or a very long text keeps nobody's short text waiting.
         self._quick = ThreadPoolExecutor(2, "onebit-quick")
         self._slow = ThreadPoolExecutor(1, "onebit-slow")
-        self._grammar = ThreadPoolExecutor(1, "onebit-grammar")
+        self._grammar = _deep_thread("onebit-grammar")
 
     async def start(self) -> None:
         """Start the engines, and run each once."""
