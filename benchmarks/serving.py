@@ -526,7 +526,7 @@ def soak(bench: Bench) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         config = formats.read(bench.path).config
         adapter_format.write(random_adapter(config, rank=8, seed=0, short=True), folder)
-        options = ["--adapter", f"red={folder}", "--memory", "12MiB", "--max-queue", "64"]
+        options = ["--adapter", f"red={folder}", "--memory", "6MiB", "--max-queue", "64"]
         command = [
             "-m",
             "onebit",
