@@ -34,7 +34,8 @@ GRAMMAR_SECONDS = 10
 # Address space, of which only what is used takes memory.
 GRAMMAR_STACK_BYTES = 2**30
 
-# Characters of a text, or bytes, that take a moment.
+# Characters or token ids that take less time than another thread to wake up, and so many that they take a moment.
+SMALL = 1_000
 LARGE = 50_000
 
 T = TypeVar("T")
@@ -232,13 +233,18 @@ class Service:
         """Models and their adapters, each once."""
         return list({place.name: place for place in self.places.values()}.values())
 
-    async def work(self, function: Callable[[], T], size: int = 0) -> T:
+    async def work(self, function: Callable[[], T], size: int | None = None) -> T:
         """Do what would hold up the event loop on another thread.
 
         Args:
             function: to call.
-            size: of what it works on; the large ones wait for each other and for nobody else.
+            size: of what it works on, if known; the small is done at once, the large waits for other large ones and
+                for nobody else.
         """
+        if size is None:
+            size = SMALL + 1
+        if size <= SMALL:
+            return function()
         pool = self._slow if size > LARGE else self._quick
         return await asyncio.get_running_loop().run_in_executor(pool, function)
 
