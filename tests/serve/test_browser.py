@@ -323,7 +323,7 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     body = {"model": "stories", "prompt": "Once", "max_tokens": 30}
     assert server.post("/v1/completions", body).status_code == 200
     page.wait(lambda: "–" not in page.texts("[data-card=first] output"))
-    assert page.all("[data-card=tokens] path.line")
+    page.wait(lambda: page.all("[data-card=tokens] path.line"))
     # While nobody looks nothing is read.
     page.one("#tab-chat").click()
     page.requests  # noqa: B018, empties the log
