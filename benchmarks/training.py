@@ -166,7 +166,10 @@ def run_all(
 
 
 def fit_law(points: list[tuple[float, float]]) -> dict[str, float] | None:
-    """L(N) = a (N / 1M)^-b + c by least squares: for each b of a grid a and c are linear; None where sizes are few."""
+    """L(N) = a (N / 1M)^-b + c by least squares: for each b of a grid a and c are linear.
+
+    None where sizes are few, or where the seeds of a size differ by more than half of what the law explains.
+    """
     n, loss = (np.array(values, float) for values in zip(*points, strict=True))
     if len(set(n)) < 4:
         return None
@@ -178,6 +181,8 @@ def fit_law(points: list[tuple[float, float]]) -> dict[str, float] | None:
         if a >= 0 and c >= 0:
             fits.append((rms, float(a), float(b), float(c)))
     rms, a, b, c = min(fits)
+    if rms > 0.5 * loss.std():
+        return None
     return {"a_at_1M": a, "b": b, "c": c, "rms": rms}
 
 
@@ -211,7 +216,9 @@ def law(results: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
         ]
         print(f"| {n:,} | " + " | ".join(cells) + " |")
     for kind, found in fits.items():
-        if found:
+        if not found:
+            print(f"{kind}: no law fits; seeds differ as much as sizes")
+        else:
             formula = f"{found['a_at_1M']:.3f} (N / 1M)^-{found['b']:.3f} + {found['c']:.3f}"
             print(f"{kind}: L = {formula}, rms {found['rms']:.4f}")
     if path:
@@ -249,10 +256,11 @@ def draw_law(by: Any, fits: Any, gaps: Any, sizes: list[int], path: Path) -> Non
                 color=f"C{i}", marker="o", capsize=3, label=kind,
             )  # fmt: skip
     left.set(xscale="log", xlabel="weights in linear layers", ylabel="held-out bits per byte")
-    right.set(
-        xscale="log", xlabel="weights in linear layers", ylabel="behind full precision, %", ylim=(0, None)
-    )
+    right.set(xscale="log", xlabel="weights in linear layers", ylabel="behind full precision, %")
+    right.axhline(0, color="black", linewidth=0.8)
     for axis in (left, right):
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=8)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)
