@@ -6,22 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-import tiny
 from onebit.train import board, build, recipe, train
 from onebit.train.board import FOLDER
 from onebit.train.state import METRICS
 
 SMALL = ["data.vocab_size=300", "data.seq_len=32", "model.d_model=48", "model.d_ff=64", "batch_size=4"]
 SMALL += ["threads=1", "precision=f32", "steps=8", "save_every=3", "evaluate_every=8", "health_every=2"]
-
-
-@pytest.fixture
-def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
-    return folder
 
 
 def test_tensorboard_reads_the_metrics_once(texts, tmp_path, monkeypatch):

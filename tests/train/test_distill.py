@@ -21,14 +21,6 @@ SMALL = ["data.seq_len=32", "data.held_out=0.1", "batch_size=4", "threads=1", "p
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def dense(texts, tmp_path_factory):
     """A trained full-precision model without sub-norms, as others have."""
     out = tmp_path_factory.mktemp("teacher") / "run"

@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 
-import tiny
 from onebit.formats import run as run_folder
 from onebit.train import build, shards, state, train
 from onebit.train.state import METRICS, STATE
@@ -47,14 +46,6 @@ def save_some(*arguments, saved=[]):
 state.save = save_some
 train(build({name!r}, {settings!r}), Path({texts!r}), Path({out!r}), resume={resume})
 """
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
 from onebit.checkpoint import quantize
 from onebit.formats import run as run_folder
 from onebit.formats import tensors
@@ -22,14 +21,6 @@ from onebit.train.pictures import HEALTH, LOSS
 from onebit.train.state import METRICS, STATE
 
 SMALL = ["data.vocab_size=300", "data.seq_len=32", "model.d_model=48", "model.d_ff=64", "batch_size=4"]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
-    return folder
 
 
 def losses(out):

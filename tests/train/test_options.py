@@ -36,14 +36,6 @@ ALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
-    return folder
-
-
 def records(out):
     found = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     return [{name: x for name, x in record.items() if name != "tok_per_s"} for record in found]

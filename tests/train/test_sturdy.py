@@ -25,14 +25,6 @@ SETTINGS = [*SMALL, "steps=24", "save_every=7", "evaluate_every=24", "health_eve
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(texts, tmp_path_factory):
     """A run that nothing stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"

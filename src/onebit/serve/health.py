@@ -48,7 +48,8 @@ def repetition(tokens: Sequence[int]) -> float | None:
 class WeightCheck:
     """Hashes the weights that are computed with, over and over, and compares with what their file says.
 
-    A model that comes from no file is compared with what it was at first.
+    A model that comes from no file is compared with what it was at first. Where kernels keep layers in another layout
+    (t80 on CPUs with AVX2 alone), those are a copy of what is hashed.
 
     Args:
         checkpoint: packed; the arrays that the engine computes with.
