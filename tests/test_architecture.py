@@ -27,7 +27,9 @@ LAYERS = [
     {"formats", "_core"},
     {"nn", "engine"},
     {"train", "llm", "conversion"},
-    {"eval", "serve"},
+    {"results"},
+    {"eval", "serve", "bench"},
+    {"doctor", "report"},
     {"cli"},
 ]
 # onebit/__init__.py only forwards names, on first use, and __main__.py only calls the CLI.
@@ -36,7 +38,7 @@ TOP = len(LAYERS)
 # Who may import what from outside the standard library. numpy is the common tongue; the rest has an owner.
 OWNERS = {
     "torch": {"nn", "train"},
-    "matplotlib": {"train"},
+    "matplotlib": {"train", "bench", "report"},
     "safetensors": {"train"},
     "tokenizers": {"engine", "train"},
     "jinja2": {"engine"},

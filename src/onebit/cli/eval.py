@@ -109,10 +109,10 @@ def eval(
 
     from onebit.cli.bar import bar
     from onebit.cli.run import ready
-    from onebit.eval.results import Results, model_facts
     from onebit.eval.session import Session
     from onebit.eval.texts import Windows, read_text
     from onebit.llm import SHIPPED_MODEL, load
+    from onebit.results import Results, model_facts
 
     # What can be wrong is read before anything that takes long.
     texts = [(str(file), read_text(file)) for file in text or ()]

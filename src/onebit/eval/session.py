@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from onebit.eval import divergence as distances
 from onebit.eval.divergence import Answers
 from onebit.eval.figures import Figure
-from onebit.eval.results import Results
 from onebit.eval.scoring import Scorer
 from onebit.eval.texts import Perplexity, Windows, perplexity
 from onebit.formats import Progress, cache
 from onebit.llm import LLM, load
+from onebit.results import Results
 
 if TYPE_CHECKING:
     from onebit.eval.tasks import Chosen

@@ -1,7 +1,7 @@
-"""The file of an evaluation: what was measured, on what, how; and answers that wait for the rest of their task.
+"""The file of measurements: what was measured, on what, how; and answers that wait for the rest of their task.
 
-results = Results(Path("results.json"), model_facts(llm, path), resume=False)
-results.add("perplexity", "wiki.test.raw.xz", {...})
+results = Results(Path("results.json"), model_facts(llm, "model.gguf", path))
+results.add("text", "wiki.test.raw.xz", {...}, {...})
 """
 
 import json
@@ -23,7 +23,8 @@ from onebit.formats.files import write_file
 if TYPE_CHECKING:
     from onebit.llm import LLM
 
-FORMAT = "onebit eval 1"
+EVAL = "onebit eval 1"
+BENCH = "onebit bench 1"
 # Seconds between two times that unfinished answers go to the disk.
 KEEP_SECONDS = 10.0
 
@@ -34,17 +35,18 @@ class Results:
     Args:
         path: the file, or None.
         model: facts about the model; results of another are refused.
+        kind: what measured: EVAL or BENCH.
 
     Raises:
         ValueError: the file is no such file, or holds results of another model.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, model: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, model: dict[str, Any], kind: str = EVAL) -> None:
         self.path = path
         self._last_kept = time.monotonic()
         self.data: dict[str, Any] = {
-            "format": FORMAT,
+            "format": kind,
             "model": model,
             "machine": machine_facts(),
             "versions": versions(),
@@ -61,11 +63,12 @@ class Results:
     def _continue(self, path: Path, model: dict[str, Any]) -> None:
         try:
             found = json.loads(path.read_text("utf-8"))
-            if found["format"] != FORMAT:
+            if found["format"] != self.data["format"]:
                 raise ValueError
             old, results, unfinished = found["model"], found["results"], found["unfinished"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: is no file of results of onebit eval; choose another --out") from None
+            verb = self.data["format"].rpartition(" ")[0]
+            raise ValueError(f"{path}: is no file of results of {verb}; choose another --out") from None
         for name in ("sha256", "label", "kernels"):
             if old.get(name) != model[name]:
                 raise ValueError(
