@@ -17,6 +17,14 @@ def train(
         str | None,
         typer.Option(help="How large a model, for recipes that come in sizes: 1M to 3B.", show_default=False),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Go on from this model, packed or not, with its shape and tokenizer.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the recipes and leave.")] = False,
@@ -24,6 +32,8 @@ def train(
     """Train a model by a recipe.
 
     Example: onebit train tiny --data texts --out runs/tiny --set steps=100
+
+    Example: onebit train b1.58 --init model.onebit --data texts --out runs/more
 
     A run that was stopped goes on with: onebit train --out runs/tiny --resume
     """
@@ -38,8 +48,8 @@ def train(
     if out is None:
         raise ValueError("--out is missing; it names the run folder")
     if resume:
-        if size is not None:
-            raise ValueError("--size with --resume; a run keeps the size that it was started with")
+        if size is not None or init is not None:
+            raise ValueError("--size or --init with --resume; a run keeps what it was started with")
         built = recipes.override(recipes.read(out / "recipe.json"), overrides or [])
         if recipe not in (None, built.name):
             raise ValueError(f"{out} is a run of the recipe {built.name}, not {recipe}")
@@ -47,7 +57,12 @@ def train(
         assert recipe is not None
         if data is None:
             raise ValueError("--data is missing; as in: onebit train tiny --data texts --out runs/tiny")
-        built = recipes.build(recipe, overrides, size)
+        built = recipes.build(recipe, overrides if init is None else None, size)
+        if init is not None:
+            from onebit import formats
+            from onebit.train.origin import begin_with
+
+            built = begin_with(built, init, formats.read(init), overrides)
 
     from onebit.train import train as run
 

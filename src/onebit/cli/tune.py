@@ -25,7 +25,8 @@ def tune(
     ] = None,
     out: Out = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Train all weights of a run folder instead of an adapter.")
+        bool,
+        typer.Option("--full", help="Train all weights instead of an adapter; the result is a run folder."),
     ] = False,
     overrides: Overrides = None,
     resume: Resume = False,

@@ -6,7 +6,7 @@
 The loop is that of any other training; here are the recipe, the objective and the student's first weights.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +14,21 @@ import torch
 from torch import Tensor
 
 from onebit.checkpoint import Checkpoint
-from onebit.engine.tokenizer import Tokenizer
 from onebit.nn.transformer import States, Transformer, rope
 from onebit.train import data as text
 from onebit.train import losses, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
-from onebit.train.recipe import Data, Distill, Recipe, override
+from onebit.train.origin import fingerprint, given_tokenizer
+from onebit.train.recipe import ROUNDING, Data, Distill, Recipe, check_shape, override
 from onebit.train.student import check_teacher, make_student, student_config
 from onebit.train.task import Batch, Task, bits_per_byte
-from onebit.train.teacher import ABOUT, Teacher, TopK, fingerprint, keep_top_k
+from onebit.train.teacher import ABOUT, Teacher, TopK, keep_top_k
 
 # Below the corpus: a teacher's answers to it.
 ANSWERS = "teacher"
 # Sequences on which sub-norms are fitted.
 _FIT_SEQUENCES = 16
-# Fields of the model that are the student's to choose; sub-norms are those of distill.sub_norm.
-_CHOICES = ("weights", "layer_weights", "activations", "scale", "hadamard")
 
 
 @ranks.together()
@@ -53,6 +51,7 @@ def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, r
         raise ValueError(f"the recipe {recipe.name} has no teacher; it is trained with: onebit train")
     folder = Path(d.corpus) if d.corpus else out / "corpus"
     is_made = bool(d.corpus) and (folder / "corpus.json").exists()
+    check_teacher(teacher)
     given = given_tokenizer(teacher)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -111,44 +110,14 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
     )
     assert recipe.distill is not None
     chosen = recipe.model
-    rounding = {name: getattr(chosen, name) for name in _CHOICES}
+    rounding = {name: getattr(chosen, name) for name in ROUNDING}
     config = student_config(teacher.config, recipe.distill.sub_norm == "calibrated", **rounding)
-    for field in fields(config):
-        if field.name != "sub_norm" and getattr(chosen, field.name) != getattr(config, field.name):
-            raise ValueError(
-                f"model.{field.name} is {getattr(chosen, field.name)!r}; the student has that of its teacher, "
-                f"{getattr(config, field.name)!r}: only {', '.join(_CHOICES)} can be chosen, and distill.sub_norm"
-            )
+    check_shape(chosen, config, "the student has that of its teacher", ("sub_norm",), "and distill.sub_norm")
     if config.weights == "dense" or recipe.options.learned_scale:
         raise ValueError(
             "a student has rounded weights, and no learned scales; change model.weights or options.learned_scale"
         )
     return replace(recipe, model=config)
-
-
-def given_tokenizer(teacher: Checkpoint) -> text.Given:
-    """The teacher's tokenizer, and which of its tokens stand around a document.
-
-    Raises:
-        ValueError: one that cannot be read or does not fit the teacher, or no token that ends a text.
-    """
-    check_teacher(teacher)
-    config, data = teacher.config, teacher.tokenizer
-    assert data is not None
-    n_tokens = Tokenizer(data).vocab_size
-    if n_tokens > config.vocab_size:
-        raise ValueError(
-            f"the teacher's tokenizer goes up to token {n_tokens - 1}, its embedding has {config.vocab_size} rows; "
-            f"expected a row for each: give the tokenizer that the teacher was trained with"
-        )
-    if not config.eos_tokens:
-        raise ValueError("the teacher names no token that ends a text; set eos_token_id in its config")
-    begin = config.bos_token
-    # Some begin a text with the token that ends the one before it.
-    end = begin if begin in config.eos_tokens and begin is not None else config.eos_tokens[0]
-    if end >= n_tokens:
-        raise ValueError(f"the teacher's end token {end} is not among the {n_tokens} tokens of its tokenizer")
-    return text.Given(data, None if begin == end else begin, end)
 
 
 def first_student(teacher: Checkpoint, recipe: Recipe, corpus: text.Corpus) -> Transformer:

@@ -23,11 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from onebit import formats
+from onebit.checkpoint import Checkpoint
 from onebit.formats.files import naming
 from onebit.nn.transformer import Transformer
 from onebit.train import data as text
 from onebit.train import health, optimizers, options, ranks, state
 from onebit.train.board import Board
+from onebit.train.origin import fingerprint, first_model, given_tokenizer
 from onebit.train.pictures import draw
 from onebit.train.recipe import Recipe
 from onebit.train.state import METRICS
@@ -51,21 +54,41 @@ def train(recipe: Recipe, data: Path | None, out: Path, resume: bool = False) ->
     """
     if recipe.distill is not None:
         raise ValueError(f"{out} is the run of a student; go on with: onebit distill --out {out} --resume")
+    begun = _begun_with(recipe)
     resumed = state.open_run(recipe, data, out, resume)
-    source = recipe.data
+    source, given = recipe.data, given_tokenizer(begun) if begun else None
     corpus = ranks.in_turn(
         lambda: text.prepare(
-            data, out / "corpus", source.include, source.vocab_size, source.held_out, source.seq_len
+            data, out / "corpus", source.include, source.vocab_size, source.held_out, source.seq_len, given
         ),
         out / "corpus" / "corpus.json",
     )
     if not resume:
         # Bad data has left no trace in the folder.
         ranks.first(lambda: state.start(recipe, out))
-    end = corpus.end_token
-    config = replace(recipe.model, vocab_size=source.vocab_size, bos_token=end, eos_tokens=(end,))
-    model = Transformer(config, recipe.seed, learned_scale=recipe.options.learned_scale)
-    fit(recipe, next_token(recipe, corpus), model, out, resumed)
+    task = next_token(recipe, corpus)
+    if begun:
+        model = first_model(replace(begun, config=recipe.model))
+        task = replace(task, chat_template=begun.chat_template)
+        task.provenance["init"] = begun.provenance
+    else:
+        end = corpus.end_token
+        config = replace(recipe.model, vocab_size=source.vocab_size, bos_token=end, eos_tokens=(end,))
+        model = Transformer(config, recipe.seed, learned_scale=recipe.options.learned_scale)
+    fit(recipe, task, model, out, resumed)
+
+
+def _begun_with(recipe: Recipe) -> Checkpoint | None:
+    """The model that a run begins with, if there is one."""
+    if not recipe.init:
+        return None
+    model = formats.read(recipe.init)
+    if (found := fingerprint(model)) != recipe.init_sha256:
+        raise ValueError(
+            f"{recipe.init}: not the model that the run began with ({found[:16]}, expected "
+            f"{recipe.init_sha256[:16]}); give it back, or start another run"
+        )
+    return model
 
 
 @ranks.together()
@@ -89,7 +112,8 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks.shard(model, model.layers, device)
     optim = recipe.optim
-    optimizer = optimizers.make(recipe.options.optimizer, optim, model.parameters())
+    linear = [p for name, p in model.named_parameters() if model.config.is_linear(name)]
+    optimizer = optimizers.make(recipe.options.optimizer, optim, model.parameters(), linear)
     extras: dict[str, Tensor] = {}
     saved_in = state.latest(out) if resumed else None
     first = state.restore(saved_in, model, optimizer, extras, recipe, task) if saved_in else 0

@@ -8,16 +8,29 @@ import torch
 from onebit.train.optim import Schedule
 
 # What an optimiser remembers of each parameter.
-MOMENTS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "signum": ("exp_avg",)}
+MOMENTS: dict[str, tuple[str, ...]] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "signum": ("exp_avg",),
+    "muon": ("exp_avg", "exp_avg_sq"),
+}
+# Of Muon: share of the average that stays, steps of Newton and Schulz, and the polynomial of one.
+_MOMENTUM = 0.95
+_POLYNOMIAL = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
-def make(name: str, schedule: Schedule, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make(
+    name: str,
+    schedule: Schedule,
+    parameters: Iterable[torch.nn.Parameter],
+    linear: Iterable[torch.nn.Parameter] = (),
+) -> torch.optim.Optimizer:
     """An optimiser of two groups: matrices, whose weights decay, and vectors, which are not pulled towards zero.
 
     Args:
-        name: "adamw" or "signum".
+        name: "adamw", "signum" or "muon".
         schedule: its betas; learning rate and decay are set step by step.
         parameters: of the model.
+        linear: those of them that are the matrices of its layers; muon is for these.
     """
     parameters = list(parameters)
     decayed: dict[str, Any] = {"params": [p for p in parameters if p.ndim == 2]}
@@ -25,7 +38,70 @@ def make(name: str, schedule: Schedule, parameters: Iterable[torch.nn.Parameter]
     if name == "signum":
         return Signum([decayed, others], schedule.lr, schedule.beta1)
     betas = schedule.beta1, schedule.beta2
+    if name == "muon":
+        return Muon([decayed, others], schedule.lr, betas, list(linear))
     return torch.optim.AdamW([decayed, others], lr=schedule.lr, betas=betas, fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """m = mu m + (1 - mu) g; w = w (1 - lr decay) - lr * 0.2 sqrt(max(out, in)) * O(mu m + (1 - mu) g).
+
+    O makes a matrix nearly orthogonal: its singular values become about 1, so that all directions of a layer learn
+    alike. The factor gives its elements the size of AdamW's steps, whose learning rate then fits. What is no matrix of
+    a layer is left to AdamW.
+
+    Args:
+        groups: of parameters.
+        lr: learning rate.
+        betas: of AdamW.
+        matrices: parameters [out, in] that muon moves.
+
+    Source: github.com/KellerJordan/Muon; the factor, arXiv:2502.16982 eq. 4.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        matrices: list[torch.nn.Parameter],
+    ) -> None:
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
+        self._matrices = matrices
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move the parameters that have gradients."""
+        group = self.param_groups[0]
+        for w in self._matrices:
+            # AdamW passes over what has no gradient.
+            g, w.grad = w.grad, None
+            if g is None:
+                continue
+            average = self.state[w].setdefault("exp_avg", torch.zeros_like(w))
+            average.lerp_(g, 1 - _MOMENTUM)
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            size = 0.2 * max(w.shape) ** 0.5
+            w.add_(orthogonal(g.lerp(average, _MOMENTUM)), alpha=-group["lr"] * size)
+        super().step()
+
+
+def orthogonal(g: torch.Tensor) -> torch.Tensor:
+    """The matrix with the singular vectors of another, and singular values of about 1 (0.7 to 1.2), in bfloat16.
+
+        X = g / |g|; five times: A = X X^T; X = a X + (b A + c A A) X
+
+    Args:
+        g: [out, in].
+    """
+    x = g.bfloat16()
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / (x.norm() + 1e-7)
+    for a, b, c in _POLYNOMIAL:
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if is_tall else x
 
 
 class Signum(torch.optim.Optimizer):

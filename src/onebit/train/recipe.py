@@ -22,6 +22,8 @@ from onebit.train.optim import Schedule
 _MAY_CHANGE = {
     "distill.corpus", "evaluate_every", "evaluate_sequences", "save_every", "health_every", "tensorboard",
 }  # fmt: skip
+# Fields of a model that may change when training goes on from another one.
+ROUNDING = ("weights", "layer_weights", "activations", "scale", "hadamard")
 _ANY_COUNT = (1, 2**31 - 1)
 _ANY_SIZE = (0.0, sys.float_info.max)
 _BELOW_ONE = (0.0, math.nextafter(1, 0))
@@ -82,7 +84,8 @@ class Options:
     """What a run does beyond the plain estimator; all of it is off by default, and off changes no bit.
 
     Args:
-        optimizer: "adamw", or "signum": w -= lr * sign(moving average of gradients); it wants a lower lr.
+        optimizer: "adamw"; "signum": w -= lr * sign(moving average of gradients), which wants a lower lr; "muon":
+            steps of the layers' matrices are made orthogonal, at the lr of AdamW.
         lambda_steps: over so many steps rounding sets in: w + lambda (Q(w) - w), lambda rising to 1.
         noise: temperature of stochastic rounding of activations: a code is the upper neighbour with probability
             sigmoid((fraction - 1/2) / noise), a sign is + with sigmoid(x / (scale * noise)).
@@ -98,11 +101,11 @@ class Options:
         first_activations: quantiser of the first phase of the run: "a8" before a model of "a4" or "a4.8".
         first_share: share of the steps in the first phase.
 
-    Source: signum, arXiv:1802.04434; lambda, the Hugging Face article on fine-tuning to 1.58 bits (2024); clipping of
+    Source: signum, arXiv:1802.04434; muon, arXiv:2502.16982; lambda, the Hugging Face article on fine-tuning to 1.58 bits (2024); clipping of
         latent weights, arXiv:1511.00363; two phases, arXiv:2411.04965 and arXiv:2504.18415.
     """
 
-    optimizer: Literal["adamw", "signum"] = "adamw"
+    optimizer: Literal["adamw", "signum", "muon"] = "adamw"
     lambda_steps: int = 0
     noise: float = 0.0
     gradient_limit: float = 0.0
@@ -194,6 +197,8 @@ class Recipe:
         optim: schedule of the optimiser.
         options: what goes beyond the plain estimator.
         distill: the teacher and what is learned from it, or None.
+        init: the model whose weights and tokenizer the run begins with, as `formats.read` takes it; "" begins anew.
+        init_sha256: of its config, tokenizer and weights.
         steps: optimiser steps.
         batch_size: sequences in a step.
         accumulate: parts into which a batch is split to save memory; divides batch_size.
@@ -214,6 +219,8 @@ class Recipe:
     optim: Schedule = field(default_factory=Schedule)
     options: Options = field(default_factory=Options)
     distill: Distill | None = None
+    init: str = ""
+    init_sha256: str = ""
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -262,10 +269,12 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-ready values; distill only where there is a teacher."""
+        """The recipe as JSON-ready values; distill and init only where there is a teacher, or a model to begin with."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         if self.distill is None:
             del values["distill"]
+        if not self.init:
+            del values["init"], values["init_sha256"]
         return values
 
 
@@ -315,6 +324,30 @@ def read(path: Path) -> Recipe:
         return Recipe(**values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a recipe that this version of onebit can read ({error})") from None
+
+
+def check_shape(
+    chosen: ModelConfig, given: ModelConfig, whose: str, free: tuple[str, ...] = ROUNDING, more: str = ""
+) -> None:
+    """Check that a model has the shape of the one that it begins as.
+
+    Args:
+        chosen: the config to run.
+        given: that of the other.
+        whose: the middle of the error: what the shape is.
+        free: fields that may differ.
+        more: the end of the error: what can be chosen besides ROUNDING.
+
+    Raises:
+        ValueError: another value of another field.
+    """
+    for name in (f.name for f in fields(given) if f.name not in free):
+        if getattr(chosen, name) != getattr(given, name):
+            choices = " ".join(filter(None, (", ".join(ROUNDING), more)))
+            raise ValueError(
+                f"model.{name} is {getattr(chosen, name)!r}; {whose}, {getattr(given, name)!r}: "
+                f"only {choices} can be chosen"
+            )
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:

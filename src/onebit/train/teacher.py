@@ -10,7 +10,6 @@ vocabulary beyond 65,536) instead of 4 for each token of the vocabulary. The tea
 products in floating point are several times as fast for whole sequences as the engine's, which keep an order.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from onebit.checkpoint import BLOCK_ROWS, Checkpoint, rows
+from onebit.checkpoint import Checkpoint
 from onebit.formats.files import write_file
 from onebit.nn.transformer import States, Transformer
 from onebit.packing import Float32
 from onebit.train import ranks
 from onebit.train.data import Corpus
+from onebit.train.origin import fingerprint
 from onebit.train.student import to_master
 
 ABOUT = "about.json"
@@ -75,17 +75,6 @@ class Teacher:
         with torch.no_grad(), torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=is_bf16):
             logits: Tensor = self.model(tokens_BT, layer, states)
         return logits.float()
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a model's config, tokenizer and every weight, whatever format they are in."""
-    digest = hashlib.sha256(json.dumps(checkpoint.config.to_dict(), sort_keys=True).encode())
-    digest.update(checkpoint.tokenizer or b"")
-    for name in checkpoint.config.tensor_shapes():
-        tensor = checkpoint.tensors[name]
-        for begin in range(0, tensor.shape[0], BLOCK_ROWS):
-            digest.update(np.ascontiguousarray(rows(name, tensor, begin, begin + BLOCK_ROWS)).data)
-    return digest.hexdigest()
 
 
 def top_k(logits_NV: Float32, k: int, temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

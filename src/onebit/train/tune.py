@@ -3,7 +3,7 @@
     tune(plan("stories.onebit", Path("chat.jsonl"), ["lora.r=8"]), Path("runs/chat"))
 
 The base is any model that runs; with adapters its weights stay as they are, packed codes included. `full` trains all
-weights instead, of a model that still has them in float32. Only answers are learned (see chat.py).
+weights instead, of a packed model those that stand in for the ones behind its codes (see origin.py). Only answers are learned (see chat.py).
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onebit import formats
-from onebit.checkpoint import Checkpoint, Stored, holds_codes, quantize, rows
+from onebit.checkpoint import Checkpoint, quantize
 from onebit.config import ModelConfig
 from onebit.engine.tokenizer import Tokenizer
 from onebit.formats import adapter as adapters
@@ -30,6 +30,7 @@ from onebit.nn.transformer import Transformer
 from onebit.train import chat, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
+from onebit.train.origin import first_model
 from onebit.train.recipe import Data, Options, Recipe, override
 from onebit.train.task import Batch, Task
 
@@ -94,7 +95,7 @@ def plan(base: str, chats: Path, overrides: list[str] | None = None, full: bool 
         ValueError: an unreadable model or file, a model that cannot be trained so, or a field that is not one.
         OSError: a file that cannot be opened.
     """
-    config = _base(base, full)[0].config
+    config = _base(base)[0].config
     # A vocabulary below 257 is no limit here, but that of recipes that train a tokenizer.
     data = Data(include=(), vocab_size=max(config.vocab_size, 257), held_out=0.1, seq_len=config.max_seq_len)
     lr = 1e-4 if full else 1e-3
@@ -164,7 +165,7 @@ def tune(recipe: TuneRecipe, out: Path, resume: bool = False) -> None:
         raise ValueError(
             f"{recipe.chats}: its tokens are not those that the run began with; give it back, or start another run"
         )
-    checkpoint, tokenizer = _base(recipe.base, recipe.full)
+    checkpoint, tokenizer = _base(recipe.base)
     model = _model(checkpoint, recipe)
     if not resume:
         ranks.first(lambda: state.start(recipe, out))
@@ -226,23 +227,18 @@ def answer_loss(model: Transformer, examples: list[chat.Example]) -> float:
     return nats / n_tokens
 
 
-def _base(base: str, full: bool) -> tuple[Checkpoint, Tokenizer]:
+def _base(base: str) -> tuple[Checkpoint, Tokenizer]:
     """The model to start from, and its tokenizer."""
     checkpoint = formats.read(base)
     config = checkpoint.config
     if checkpoint.tokenizer is None:
         raise ValueError(f"{base}: has no tokenizer, and conversations are texts")
-    if full and any(config.is_linear(name) and holds_codes(t) for name, t in checkpoint.tensors.items()):
-        raise ValueError(
-            f"{base}: holds codes; --full needs the float32 weights behind them: give the run folder of its training, "
-            "or leave --full out and train an adapter"
-        )
     end = next(iter(config.eos_tokens), None)
     return checkpoint, Tokenizer(checkpoint.tokenizer, config.bos_token, checkpoint.chat_template, end)
 
 
 def _read(recipe: TuneRecipe) -> chat.Chats:
-    checkpoint, tokenizer = _base(recipe.base, recipe.full)
+    checkpoint, tokenizer = _base(recipe.base)
     source = recipe.data
     return chat.read(
         Path(recipe.chats), tokenizer, checkpoint.config, source.seq_len, source.held_out, recipe.too_long
@@ -251,10 +247,7 @@ def _read(recipe: TuneRecipe) -> chat.Chats:
 
 def _model(checkpoint: Checkpoint, recipe: TuneRecipe) -> Transformer:
     if recipe.full:
-        tensors = {name: rows(name, tensor) for name, tensor in checkpoint.tensors.items()}
-        is_foreign = any(isinstance(tensor, Stored) for tensor in checkpoint.tensors.values())
-        head = "bf16" if is_foreign else "q8"
-        return Transformer.from_checkpoint(replace(checkpoint, tensors={**tensors}), head)
+        return first_model(checkpoint)
     model = Transformer.from_packed(quantize(checkpoint))
     lora.attach(model, recipe.lora.r, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
     return model
