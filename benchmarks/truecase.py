@@ -18,7 +18,7 @@ WORD = re.compile(r"[a-z]+(?:'[a-z]+)?", re.IGNORECASE)
 BEGINS = re.compile(r'(?:^|[.!?]["\')\u201d]*\s|\n|(?:^|[\s(])["\u201c])\s*["\u201c]?$')
 NAMED = re.compile(r"\b(?:named|called|name was|name is|am) ([a-z]+)\b")
 # Words after "called" that are no names.
-NO_NAMES = {"a", "an", "the", "his", "her", "their", "it", "out", "for", "to", "me", "you", "him", "us", "them"}
+NO_NAMES = set("a an the his her their it out for to me you him us them".split())
 
 
 def spellings(texts: list[str]) -> dict[str, str]:
@@ -68,7 +68,9 @@ def key(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--known", type=Path, required=True, help='JSON lines with a field "text"')
     parser.add_argument("--lower", type=Path, required=True)
     parser.add_argument("--truth", type=Path)
@@ -76,7 +78,11 @@ def main() -> None:
     arguments = parser.parse_args()
     known = [json.loads(line)["text"] for line in arguments.known.read_text("utf-8").splitlines()]
     spelt = spellings(known)
-    truth = {key(story): story for story in stories(arguments.truth.read_text("utf-8"))} if arguments.truth else {}
+    truth = (
+        {key(story): story for story in stories(arguments.truth.read_text("utf-8"))}
+        if arguments.truth
+        else {}
+    )
     seen, n_words, n_right, written = {key(text) for text in known}, 0, 0, 0
     with arguments.out.open("w", encoding="utf-8") as out:
         for story in stories(arguments.lower.read_text("utf-8")):
@@ -93,7 +99,10 @@ def main() -> None:
             written += 1
     print(f"{written:,} new stories in {arguments.out}")
     if n_words:
-        print(f"{n_right / n_words:.3%} of {n_words:,} words whose case is known were right; those stories are as they were")
+        share = n_right / n_words
+        print(
+            f"{share:.3%} of {n_words:,} words whose case is known were right; those stories are as they were"
+        )
 
 
 if __name__ == "__main__":

@@ -118,17 +118,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(model, chats, tmp_path, monkeyp
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_full_tuning_of_a_run_folder(model, chats, tmp_path):
+@pytest.mark.parametrize("is_packed", [False, True], ids=["run folder", "packed"])
+def test_full_tuning(is_packed, model, chats, tmp_path):
     master = tiny.master(seed=3, chat_template=tiny.CHAT_TEMPLATE)
     run_folder.write(master, tmp_path / "master")
+    base = model if is_packed else tmp_path / "master"
     settings = [s for s in SETTINGS if not s.startswith(("lora", "optim"))] + ["optim.lr=3e-3"]
-    tune.tune(tune.plan(str(tmp_path / "master"), chats, settings, full=True), tmp_path / "run")
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] / 2
+    tune.tune(tune.plan(str(base), chats, settings, full=True), tmp_path / "run")
+    # Weights that stand in for those behind codes are all far from another code.
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] * (0.7 if is_packed else 0.5)
     tuned = formats.read(tmp_path / "run")
     assert not tuned.is_packed and tuned.chat_template == tiny.CHAT_TEMPLATE
     assert tuned.tokenizer == master.tokenizer
-    with pytest.raises(ValueError, match="--full needs the float32 weights.*run folder"):
-        tune.plan(str(model), chats, full=True)
 
 
 def test_the_master_keeps_its_precision_when_merged(chats, model, tmp_path):
@@ -206,7 +207,6 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.r=0"), "lora.r is 0"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.targets=q,x"), "targets are"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "options.noise=1"), "--set options"),
-        (("tune", model, "--data", chats, "--out", "x", "--full"), "--full needs"),
         (("convert", model, tmp_path / "m.onebit", "--data", chats), "are for --adapter"),
         (("run", "x", "-m", model, "--adapter", tmp_path), "holds no adapter_config.json"),
     ):

@@ -13,7 +13,7 @@ from onebit.formats import run as run_folder
 from onebit.llm import LLM
 from onebit.nn.bitlinear import Rounding
 from onebit.nn.transformer import Transformer
-from onebit.train import build, loop, options, state, train
+from onebit.train import build, loop, options, ranks, state, train
 from onebit.train.optim import Schedule
 from onebit.train.optimizers import Signum, make
 from onebit.train.recipe import Recipe
@@ -66,7 +66,7 @@ def interrupted(recipe: Recipe, texts, out, monkeypatch) -> None:
 
 
 # Each alone, and all together.
-GROUPS = [[name] for name in ALL if name != "first_share"] + [list(ALL)]
+GROUPS = [[name] for name in ALL if name != "first_share"] + [list(ALL), ["muon"]]
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0] if len(names) == 1 else "all")
@@ -80,7 +80,8 @@ def test_a_run_with_options_differs_from_one_without_and_resumes_to_the_bit(
         frame += ["model.activations=a4.8", "options.first_activations=none"]
     if "optimizer" in names:
         frame += ["optim.lr=1e-3"]
-    recipe = build("tiny", [*frame, *(f"options.{name}={ALL[name]}" for name in names)])
+    chosen = ["optimizer=muon"] if names == ["muon"] else [f"{name}={ALL[name]}" for name in names]
+    recipe = build("tiny", [*frame, *(f"options.{option}" for option in chosen)])
     if (key := tuple(frame)) not in plain:
         out = tmp_path_factory.mktemp("plain") / "run"
         train(build("tiny", frame), texts, out)
@@ -107,6 +108,45 @@ def test_the_signs_of_averaged_gradients_move_weights_by_the_learning_rate():
     for sign in ([1.0, -1.0, 0.0], [1.0, 1.0, 0.0]):
         expected = expected * (1 - 0.5 * 0.1) - 0.5 * torch.tensor([sign])
     torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_muon_moves_matrices_of_layers_as_torch_does_and_the_rest_as_adamw():
+    torch.manual_seed(3)
+    start = {"layer": torch.randn(8, 12), "embed": torch.randn(9, 8), "norm": torch.randn(8)}
+    ours = {name: torch.nn.Parameter(w.clone()) for name, w in start.items()}
+    theirs = {name: torch.nn.Parameter(w.clone()) for name, w in start.items()}
+    made = make("muon", Schedule(lr=0.1), ours.values(), [ours["layer"]])
+    muon = torch.optim.Muon([theirs["layer"]], 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = [
+        torch.optim.AdamW([theirs[name]], 0.02, (0.9, 0.95), weight_decay=decay)
+        for name, decay in (("embed", 0.1), ("norm", 0.0))
+    ]
+    made.param_groups[0]["weight_decay"] = 0.1
+    for group in made.param_groups:
+        group["lr"] = 0.02
+    for _ in range(4):
+        for name, w in ours.items():
+            w.grad = torch.randn_like(w)
+            theirs[name].grad = w.grad.clone()
+        made.step()
+        for optimizer in (muon, *adamw):
+            optimizer.step()
+    for name, w in ours.items():
+        torch.testing.assert_close(w, theirs[name], rtol=1e-6, atol=1e-7)
+    # What moved it is nearly orthogonal, times 0.2 sqrt(12) lr; four of them overlap.
+    moved = torch.linalg.svdvals(ours["layer"].detach() - start["layer"])
+    assert (
+        moved.max()
+        < 4 * 1.3 * 0.2 * 12**0.5 * 0.02 + 4 * 0.02 * 0.1 * torch.linalg.svdvals(start["layer"]).max()
+    )
+
+
+def test_muon_of_several_processes_is_refused_before_anything_is_written(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    recipe = build("tiny", ["options.optimizer=muon"])
+    with pytest.raises(ValueError, match="needs whole matrices, and 2 processes have a part of each"):
+        state.open_run(recipe, texts, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_lambda_rises_to_one_and_phases_follow_one_another():
@@ -188,7 +228,7 @@ def test_a_learned_scale_is_part_of_the_weights_that_are_saved():
     ("settings", "message"),
     [
         (["options.learned_scale=true"], "needs rounded weights and --set model.scale=row"),
-        (["options.optimizer=lion"], "'lion' does not fit; expected adamw or signum"),
+        (["options.optimizer=lion"], "'lion' does not fit; expected adamw or signum or muon"),
         (["options.noise=-1"], "options.noise is -1.0"),
         (["options.ema=1"], "options.ema is 1.0"),
         (["options.first_activations=a5"], "expected a15 or a8 or a4 or a1 or none"),

@@ -11,11 +11,8 @@ from onebit.train.optim import Schedule
 MOMENTS: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "signum": ("exp_avg",),
-    "muon": ("exp_avg", "exp_avg_sq"),
+    "muon": ("exp_avg", "exp_avg_sq", "momentum_buffer"),
 }
-# Of Muon: share of the average that stays, steps of Newton and Schulz, and the polynomial of one.
-_MOMENTUM = 0.95
-_POLYNOMIAL = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
 def make(
@@ -44,14 +41,14 @@ def make(
 
 
 class Muon(torch.optim.AdamW):
-    """m = mu m + (1 - mu) g; w = w (1 - lr decay) - lr * 0.2 sqrt(max(out, in)) * O(mu m + (1 - mu) g).
+    """m = mu m + (1 - mu) g; w = w (1 - lr decay) - lr * 0.2 sqrt(max(out, in)) * O(mu m + (1 - mu) g), mu = 0.95.
 
     O makes a matrix nearly orthogonal: its singular values become about 1, so that all directions of a layer learn
     alike. The factor gives its elements the size of AdamW's steps, whose learning rate then fits. What is no matrix of
     a layer is left to AdamW.
 
     Args:
-        groups: of parameters.
+        groups: of parameters; the matrices are in the first.
         lr: learning rate.
         betas: of AdamW.
         matrices: parameters [out, in] that muon moves.
@@ -67,41 +64,20 @@ class Muon(torch.optim.AdamW):
         matrices: list[torch.nn.Parameter],
     ) -> None:
         super().__init__(groups, lr=lr, betas=betas, fused=True)
-        self._matrices = matrices
+        self._muon = torch.optim.Muon(matrices, lr, adjust_lr_fn="match_rms_adamw")
+        # One memory for both, which is saved and restored as that of any optimiser.
+        self._muon.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move the parameters that have gradients."""
-        group = self.param_groups[0]
-        for w in self._matrices:
-            # AdamW passes over what has no gradient.
-            g, w.grad = w.grad, None
-            if g is None:
-                continue
-            average = self.state[w].setdefault("exp_avg", torch.zeros_like(w))
-            average.lerp_(g, 1 - _MOMENTUM)
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            size = 0.2 * max(w.shape) ** 0.5
-            w.add_(orthogonal(g.lerp(average, _MOMENTUM)), alpha=-group["lr"] * size)
+        (group,) = self._muon.param_groups
+        group |= {name: self.param_groups[0][name] for name in ("lr", "weight_decay")}
+        self._muon.step()
+        # AdamW passes over what has no gradient.
+        for matrix in group["params"]:
+            matrix.grad = None
         super().step()
-
-
-def orthogonal(g: torch.Tensor) -> torch.Tensor:
-    """The matrix with the singular vectors of another, and singular values of about 1 (0.7 to 1.2), in bfloat16.
-
-        X = g / |g|; five times: A = X X^T; X = a X + (b A + c A A) X
-
-    Args:
-        g: [out, in].
-    """
-    x = g.bfloat16()
-    is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
-    x = x / (x.norm() + 1e-7)
-    for a, b, c in _POLYNOMIAL:
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.T if is_tall else x
 
 
 class Signum(torch.optim.Optimizer):

@@ -101,8 +101,8 @@ class Options:
         first_activations: quantiser of the first phase of the run: "a8" before a model of "a4" or "a4.8".
         first_share: share of the steps in the first phase.
 
-    Source: signum, arXiv:1802.04434; muon, arXiv:2502.16982; lambda, the Hugging Face article on fine-tuning to 1.58 bits (2024); clipping of
-        latent weights, arXiv:1511.00363; two phases, arXiv:2411.04965 and arXiv:2504.18415.
+    Source: signum, arXiv:1802.04434; muon, arXiv:2502.16982; lambda, the Hugging Face article on fine-tuning to 1.58
+        bits (2024); clipping of latent weights, arXiv:1511.00363; two phases, arXiv:2411.04965 and arXiv:2504.18415.
     """
 
     optimizer: Literal["adamw", "signum", "muon"] = "adamw"

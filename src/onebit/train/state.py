@@ -61,6 +61,11 @@ def open_folder(recipe: Recipe, out: Path, before: Recipe | None) -> bool:
         OSError: the folder cannot be written.
     """
     ranks.check(recipe.batch_size, recipe.accumulate)
+    if recipe.options.optimizer == "muon" and ranks.count() > 1:
+        raise ValueError(
+            f"options.optimizer=muon needs whole matrices, and {ranks.count()} processes have a part of each; "
+            "run one process, or choose adamw"
+        )
     if recipe.tensorboard:
         board.library()
     at = next(p for p in (out, *out.absolute().parents) if p.exists())

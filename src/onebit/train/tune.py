@@ -3,7 +3,8 @@
     tune(plan("stories.onebit", Path("chat.jsonl"), ["lora.r=8"]), Path("runs/chat"))
 
 The base is any model that runs; with adapters its weights stay as they are, packed codes included. `full` trains all
-weights instead, of a packed model those that stand in for the ones behind its codes (see origin.py). Only answers are learned (see chat.py).
+weights instead, of a packed model those that stand in for the ones behind its codes (see origin.py). Only answers are
+learned (see chat.py).
 """
 
 import json
