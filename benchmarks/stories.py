@@ -1,9 +1,11 @@
-"""What the shipped model and its full-precision twin are worth: held-out bits per byte, agreement, samples.
+"""What the shipped model is worth, beside its full-precision twin or the model before it: held-out bits per byte,
+agreement, samples.
 
     python benchmarks/stories.py --run runs/stories --twin runs/stories-dense --text held_out.txt --out results.json
+    python benchmarks/stories.py --run runs/stories-2 --before stories-1.onebit --text held_out.txt --out results.json
 
-Figures of the ternary model are those of the packed model in the engine; the twin, which the engine does not run, is
-computed in torch. Prints the samples and, last, one JSON line, which --out keeps; the curves go to a PNG beside it.
+Figures of packed models are those of the engine, the twin is computed in torch. All are measured on the stories that
+the run held out. Prints the samples and, last, one JSON line, which --out keeps; the curves go to a PNG beside it.
 """
 
 import argparse
@@ -103,14 +105,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder of the ternary model")
-    parser.add_argument("--twin", type=Path, required=True, help="run folder of its full-precision twin")
+    parser.add_argument("--twin", type=Path, help="run folder of its full-precision twin")
+    parser.add_argument("--before", type=Path, help="an earlier model, which never read what this run held out")
     parser.add_argument("--text", type=Path, required=True, help="held-out text, .txt or .txt.xz")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
 
     llm = onebit.load(arguments.run)
     encode, context = llm.tokenizer.encode, llm.config.max_seq_len
-    master, twin = torch_logits(arguments.run, in_order=True), torch_logits(arguments.twin, in_order=False)
+    models: dict[str, Logits] = {"ternary": llm.logits}
+    folders = {"ternary": arguments.run}
+    if arguments.twin:
+        models["full_precision"] = torch_logits(arguments.twin, in_order=False)
+        folders["full precision"] = arguments.twin
+    if arguments.before:
+        models["before"] = onebit.load(arguments.before).logits
     held_out = np.load(arguments.run / "corpus" / "held_out.npy")
     ends = np.flatnonzero(held_out == llm.config.eos_tokens[0])
     stories = [llm.tokenizer.decode(part.tolist()) for part in np.split(held_out, ends + 1)[:-1]]
@@ -119,16 +128,16 @@ def main() -> None:
         text = file.read().replace(END_OF_TEXT, "")
 
     result: dict[str, object] = {"label": llm.config.label, "held_out_stories": len(stories)}
-    for name, logits in (("ternary", llm.logits), ("full_precision", twin)):
+    for name, logits in models.items():
         result[name] = {
             "held_out_bits_per_byte": round(bits_per_byte(logits, encode, stories, context), 4),
             "text_bits_per_byte": round(bits_per_byte(logits, encode, [text], context), 4),
         }
-    result["greedy_engine_against_torch"] = compare_greedy(llm, master)
+    result["greedy_engine_against_torch"] = compare_greedy(llm, torch_logits(arguments.run, in_order=True))
     for seed in range(10):
         output = llm.generate("Once upon a time", seed=seed, max_tokens=300)
         print(f"--- seed {seed}, {output.finish_reason}\nOnce upon a time{output.text}\n")
-    draw({"ternary": arguments.run, "full precision": arguments.twin}, arguments.out.with_suffix(".png"))
+    draw(folders, arguments.out.with_suffix(".png"))
     line = json.dumps(result)
     print(line)
     arguments.out.write_text(line + "\n")
