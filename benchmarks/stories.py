@@ -106,7 +106,9 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder of the ternary model")
     parser.add_argument("--twin", type=Path, help="run folder of its full-precision twin")
-    parser.add_argument("--before", type=Path, help="an earlier model, which never read what this run held out")
+    parser.add_argument(
+        "--before", type=Path, help="an earlier model, which never read what this run held out"
+    )
     parser.add_argument("--text", type=Path, required=True, help="held-out text, .txt or .txt.xz")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
