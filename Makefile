@@ -33,7 +33,7 @@ HAVE_EMULATORS := command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu
 EMULATOR_PACKAGES := apt install g++-aarch64-linux-gnu qemu-user
 
 .DEFAULT_GOAL := help
-.PHONY: help run test emulate lint format sanitize fuzz ray bench clean
+.PHONY: help run test emulate lint format sanitize fuzz ray bench report clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -89,6 +89,9 @@ ray: $(VENV)/.ray ## two replicas of the server under Ray Serve, one of which is
 bench: $(PEERS)/.built ## measure speed beside the machine's limits and other engines (BENCH="--quick")
 	@$(PEERS)/bin/python benchmarks/speed.py $(BENCH)
 
+report: $(VENV)/.report ## rebuild the page of docs/results from its files
+	@$(BIN)/onebit report docs/results -o docs/results/report.html --mix
+
 clean: ## remove everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
@@ -114,6 +117,10 @@ $(VENV)/.dev: $(NATIVE) | $(VENV)/.toolchain
 	@CMAKE_ARGS="$(JUDGE)" $(PIP) llama-cpp-python
 	@$(PIP) --editable ".[train,dev]"
 	@touch $(VENV)/.run $@
+
+$(VENV)/.report: $(VENV)/.run
+	@$(PIP) matplotlib
+	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev
 	@$(PIP) atheris

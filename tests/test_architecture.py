@@ -41,7 +41,7 @@ OWNERS = {
     "matplotlib": {"train", "bench", "report"},
     "safetensors": {"train"},
     "tokenizers": {"engine", "train"},
-    "jinja2": {"engine"},
+    "jinja2": {"engine", "report"},
     "typer": {"cli"},
     "rich": {"cli", "train"},
     "huggingface_hub": {"formats"},

@@ -116,10 +116,11 @@ class Results:
 
 
 def model_facts(llm: "LLM", name: str, path: Path) -> dict[str, Any]:
-    """What a model is: name, hash, label, cache and kernels."""
+    """What a model is: name, hash, size in bytes, label, cache and kernels."""
     return {
         "name": name,
         "sha256": cache.sha256(path),
+        "bytes": cache.n_bytes(path),
         "label": llm.label,
         "kernels": llm.model.isa,
         "threads": llm.model.threads,

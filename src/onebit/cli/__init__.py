@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "serve", "train", "distill", "tune", "eval", "convert", "info")
+VERBS = ("run", "serve", "train", "distill", "tune", "eval", "report", "convert", "info")
 
 
 class _Verbs(TyperGroup):
@@ -105,8 +105,10 @@ def say(message: str) -> None:
 
 
 def _missing(error: ImportError) -> str:
-    if error.name in ("torch", "matplotlib"):
-        return f'{error.name} is not installed; training needs it: pip install "onebit[train]"'
+    if error.name == "torch":
+        return 'torch is not installed; training needs it: pip install "onebit[train]"'
+    if error.name == "matplotlib":
+        return 'matplotlib is not installed; pictures need it: pip install "onebit[report]"'
     if error.name in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "pydantic", "starlette"):
         return f'{error.name} is not installed; the server needs it: pip install "onebit[serve]"'
     if error.name in ("lm_eval", "datasets"):

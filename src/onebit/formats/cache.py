@@ -68,6 +68,11 @@ def sha256(path: Path, progress: formats.Progress = lambda what, share: None) ->
     return total.hexdigest()
 
 
+def n_bytes(path: Path) -> int:
+    """The size of a model: of its file, or of the files of its folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else _files(path)))
+
+
 def _key(path: Path, progress: formats.Progress) -> str:
     """A hash of all that the conversion of a model depends on."""
     # Another version may read a file otherwise.
