@@ -96,7 +96,10 @@ def _points(picture: Points) -> "Canvas":
         axes.xaxis.set_major_formatter(lambda x, _: words.trim(words.digits(x)))
         axes.xaxis.set_minor_formatter(lambda x, _: "")
     else:
-        low, high = min(xs), max(xs)
+        ends = [
+            e / x_scale[0] for m in picture.marks for e in (m.x.value, m.x.low, m.x.high) if e is not None
+        ]
+        low, high = min(ends), max(ends)
         margin = (high - low) * 0.25 or abs(high) * 0.5 or 1.0
         axes.set_xlim(low - margin, high + margin)
         axes.locator_params(axis="x", nbins=5)
@@ -147,7 +150,7 @@ def _names(canvas: "Canvas", axes: "Axes", marks: Sequence[Mark], x_scale: float
         right = x + width + 0.15 < WIDTH / POINTS_PER_INCH
         left = x + 0.12 if right else x - 0.12 - width
         # Above, below, and then wherever there is room above.
-        for y_name in (y, y - step, *(y + i * step for i in range(1, 2 * len(marks) + 1))):
+        for y_name in (y + 0.12, y - 0.12, *(y + 0.12 + i * step for i in range(1, 2 * len(marks) + 1))):
             if not any(
                 abs(y_name - o) < step and left < end and begin < left + width for begin, end, o in taken
             ):

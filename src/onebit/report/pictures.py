@@ -14,7 +14,7 @@ from onebit.report.tables import common_settings, is_share, of_kind, settings, t
 from onebit.results import BENCH
 
 MAX_ROWS = 18
-MAX_NOTE = 56
+MAX_NOTE, MAX_GROUP = 56, 46
 _CALL = "onebit bench --out"
 
 
@@ -192,7 +192,7 @@ def _against_speed(subjects: Subjects, measures: list[Measured]) -> Iterable[Pic
 def _tasks(subjects: Subjects) -> Iterable[Picture]:
     bars = [
         Bar(
-            shorten(f"{result.name}, {name}, {words.plain(result.rest.get('n_items'))} items", MAX_NOTE),
+            shorten(f"{result.name}, {name}, {words.plain(result.rest.get('n_items'))} items", MAX_GROUP),
             subjects.model(file).short,
             "",
             figure,
@@ -233,7 +233,7 @@ def _bars(subjects: Subjects, title: str, name: str) -> Picture:
         notes = [f"label {label}"] if len({engine_label(*of) for of in found}) > 1 else []
         notes += [subjects.machine(file).name] if len(subjects.machines) > 1 else []
         note = shorten(", ".join(notes), MAX_NOTE)
-        bar = Bar(shorten(own, MAX_NOTE), runner, note, result.figures[name], colour, file.quotable)
+        bar = Bar(shorten(own, MAX_GROUP), runner, note, result.figures[name], colour, file.quotable)
         bars.append((order[own], bar))
     # What was measured alike stands together, the best first.
     sign = -1 if measure.best == "high" else 1
