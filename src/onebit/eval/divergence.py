@@ -5,18 +5,16 @@ divergence(Scorer(student), text, windows, reference)
 """
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from onebit.engine.model import Float32, Int32
 from onebit.eval.figures import Figure, Float64, proportion, token_mean
-from onebit.eval.scoring import Scorer, log_sums
-from onebit.eval.texts import Perplexity, Windows, batches, figures, tokens_of
+from onebit.eval.scoring import Scorer
+from onebit.eval.texts import Perplexity, Windows, figures, predictions, tokens_of
 from onebit.formats.files import new_file
 
 # Tokens of a reference that are kept for each position: 8 bytes each.
@@ -89,7 +87,7 @@ def answers(
     n = sum(len(w.ids) - w.first for w in windows.cut(tokens))
     ids, kept = np.empty((n, keep), np.int32), np.empty((n, keep), np.float32)
     nll = np.empty(n)
-    for at, logits_RV, targets, log_sum in _rows(scorer, tokens, windows, progress):
+    for at, logits_RV, targets, log_sum in predictions(scorer, tokens, windows, progress):
         nll[at] = log_sum - logits_RV[np.arange(len(targets)), targets]
         best = np.argpartition(logits_RV, vocab_size - keep, axis=1)[:, vocab_size - keep :]
         found = np.take_along_axis(logits_RV, best, axis=1)
@@ -136,7 +134,7 @@ def divergence(
     n = len(reference.nll)
     kl, same, nll = np.empty(n), np.empty(n), np.empty(n)
     is_all = reference.ids.shape[1] == scorer.config.vocab_size
-    for at, logits_RV, targets, log_sum in _rows(scorer, tokens, windows, progress):
+    for at, logits_RV, targets, log_sum in predictions(scorer, tokens, windows, progress):
         nll[at] = log_sum - logits_RV[np.arange(len(targets)), targets]
         same[at] = logits_RV.argmax(axis=1) == reference.ids[at, 0]
         # As the reference's were kept, so that equal models have equal numbers.
@@ -179,17 +177,3 @@ def _of_rest(log_p: Float64, log_q: Float64) -> Float64:
     p, q = (np.maximum(1 - np.exp(x).sum(axis=1), 1e-12) for x in (log_p, log_q))
     found: Float64 = p * np.log(p / q)
     return found
-
-
-def _rows(
-    scorer: Scorer, tokens: list[int], windows: Windows, progress: Progress
-) -> Iterator[tuple[npt.NDArray[np.int64], Float32, Int32, Float64]]:
-    """Of the tokens that count: their places among these, the logits that predict them, themselves, and log sums."""
-    cut = windows.cut(tokens)
-    places = np.cumsum([0, *(len(w.ids) - w.first for w in cut)])
-    for begin, part in batches(cut):
-        for i, row, logits_RV in scorer.logits([w.ids[:-1] for w in part], [w.first - 1 for w in part]):
-            ids, first = part[i]
-            at: Any = places[begin + i] + row + 1 - first + np.arange(len(logits_RV))
-            yield at, logits_RV, ids[row + 1 : row + 1 + len(logits_RV)], log_sums(logits_RV)
-        progress((begin + len(part)) / len(cut))

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from onebit.engine.model import Int32
+from onebit.engine.model import Float32, Int32
 from onebit.eval.figures import Figure, Float64, token_mean
-from onebit.eval.scoring import Scorer
+from onebit.eval.scoring import Scorer, log_sums
 
 if TYPE_CHECKING:
     from onebit.llm import LLM
@@ -229,6 +230,34 @@ def perplexity(
         nll += [-score.log_probabilities for score in scores]
         progress((begin + len(part)) / len(cut))
     return figures(np.concatenate(nll), len(tokens), n_bytes, len(cut))
+
+
+def predictions(
+    scorer: Scorer,
+    tokens: list[int],
+    windows: Windows,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[tuple[npt.NDArray[np.int64], Float32, Int32, Float64]]:
+    """What a model says before each token that counts, some of them at a time and in any order.
+
+    Args:
+        scorer: of the model.
+        tokens: of a text.
+        windows: how it is cut.
+        progress: called with the share that is done.
+
+    Yields:
+        Places of the tokens among those that count, int64 [R]; the logits that predict them, float32 [R, V],
+        overwritten by the next ones; the tokens themselves, int32 [R]; and log(sum(exp(logits))), float64 [R].
+    """
+    cut = windows.cut(tokens)
+    places = np.cumsum([0, *(len(w.ids) - w.first for w in cut)])
+    for begin, part in batches(cut):
+        for i, row, logits_RV in scorer.logits([w.ids[:-1] for w in part], [w.first - 1 for w in part]):
+            ids, first = part[i]
+            at: Any = places[begin + i] + row + 1 - first + np.arange(len(logits_RV))
+            yield at, logits_RV, ids[row + 1 : row + 1 + len(logits_RV)], log_sums(logits_RV)
+        progress((begin + len(part)) / len(cut))
 
 
 def batches(windows: list[Window]) -> Iterator[tuple[int, list[Window]]]:
