@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def in_huge_pages(checkpoint: Checkpoint, available: int | None, root: Path = Pa
         if isinstance(tensor, PackedTensor) and _mapping(tensor.data) is not None
     }
     size = sum(tensor.data.nbytes for tensor in mapped.values())
-    if size < HUGE_FROM or available is None or available < 2 * size or _free_huge_bytes(root) < size:
+    if size < HUGE_FROM or available is None or available < 2 * size or free_huge_bytes(root) < size:
         return checkpoint
     # Private: shared memory has huge pages by another switch of the system.
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -109,7 +110,7 @@ def _move(to: UInt8, source: UInt8) -> None:
     mapping.madvise(mmap.MADV_DONTNEED, first, begin + source.nbytes - first)
 
 
-def _free_huge_bytes(root: Path) -> int:
+def free_huge_bytes(root: Path) -> int:
     """Free memory in pieces of at least a huge page; 0 where the system does not tell, or has no huge pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
@@ -183,29 +184,37 @@ def _meminfo_available(root: Path) -> int | None:
         return None
 
 
-def _cgroups_available(root: Path) -> list[int]:
-    """What the control groups around this process leave it, of version 2 and of version 1."""
+def cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups around this process that have a controller, of version 2 and of version 1.
+
+    Args:
+        root: folder that holds proc/ and sys/, of Linux.
+        controller: as "memory" or "cpu".
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
-    found = []
+        return
     for line in groups:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-            top = root / "sys/fs/cgroup/memory"
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
         else:
             continue
         # In a container the path may lead out of what is mounted; the limit is then that of the mount.
         inside = top / path.lstrip("/")
-        for folder in [inside, *(p for p in inside.parents if p.is_relative_to(top))]:
-            left = _cgroup_left(folder, *names)
-            if left is not None:
-                found.append(left)
-    return found
+        yield from (folder for folder in (inside, *inside.parents) if folder.is_relative_to(top))
+
+
+def _cgroups_available(root: Path) -> list[int]:
+    """What the control groups around this process leave it."""
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    version_2 = ("memory.max", "memory.current", "")
+    kinds = (version_1, version_2)
+    found = (_cgroup_left(folder, *kind) for folder in cgroups(root, "memory") for kind in kinds)
+    return [left for left in found if left is not None]
 
 
 def _cgroup_left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
