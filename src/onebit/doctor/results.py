@@ -314,7 +314,7 @@ def _calibrate(file: Reading, text: str, evidence: str, why: str = "") -> Findin
         f"{file.name} may know as much as before and be wrongly sure of it",
         evidence,
         why
-        or "The likeliest token is the same, only how likely it is changed: one number that divides all logits may help.",
+        or "The likeliest token is the same, only how likely it is changed: one number that divides logits may help.",
         command("onebit", "doctor", file.name, "--text", text),
         "Fit a temperature on a text of the kind that the model is for: the command does, and says what it gains.",
     )

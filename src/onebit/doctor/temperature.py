@@ -124,8 +124,8 @@ def inverse_temperature(logits_NV: Float32, targets_N: Int32) -> tuple[float, Fl
 
         NLL(beta) = mean(log(sum(exp(beta z))) - beta z_target)
 
-    is convex; its slope is mean(E[z] - z_target) and its curvature mean(Var[z]), under the scaled probabilities. The steps
-    are Newton's, kept within a bracket that halves where they leave it.
+    is convex; its slope is mean(E[z] - z_target) and its curvature mean(Var[z]), under the scaled probabilities.
+    Newton's steps lead to the minimum; where one would leave the bracket, the bracket is halved.
 
     Args:
         logits_NV: float32 [N, V].
