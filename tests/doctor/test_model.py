@@ -129,6 +129,17 @@ def test_rows_that_say_nothing():
     assert severity(of_weights(dense, weights.dead_rows)) == "warning"
 
 
+def test_tokens_that_nobody_trained():
+    def repeat(name, w):
+        if name == "embed.weight":
+            w[200:260] = w[200]
+        return w
+
+    assert of_weights(master(), weights.untrained_tokens) is None
+    found = of_weights(master(repeat), weights.untrained_tokens)
+    assert found.severity == "note" and "59 of 320" in found.evidence
+
+
 def test_scales_that_divide():
     assert severity(of_weights(scaled(lambda name: 1), weights.scale_meaning)) == "ok"
     assert severity(of_weights(scaled(lambda name: 1000), weights.scale_meaning)) == "error"

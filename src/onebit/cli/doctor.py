@@ -144,6 +144,9 @@ def _of_text(
         threads,
         lambda share: progress("trying other configs", share),
     )
+    if out is None and any(finding.severity == "error" for finding in found):
+        # Another config is another model: its certainty comes after.
+        return found
     fitted = temperature.fit(llm, content, progress=lambda share: progress("fitting the temperature", share))
     if out is not None:
         changed = temperature.apply(llm.checkpoint, fitted.temperature.value)

@@ -241,6 +241,25 @@ def dead_rows(seen: Weights, name: str) -> Finding | None:
     return Finding("warning" if worst > FEW_ROWS else "note", "rows", what, shown, why, confirm, advice)
 
 
+def untrained_tokens(seen: Weights, name: str) -> Finding | None:
+    """Rows of embedding and head that are zero, of one value, or repeated: tokens that nobody trained."""
+    odd = [(m, m.n_dead + m.n_constant + m.n_repeated) for m in seen.tables]
+    odd = [(m, number) for m, number in odd if number > FEW_ROWS * m.n_rows]
+    if not odd:
+        return None
+    return Finding(
+        "note",
+        "tokens",
+        "Tokens share their row of the embedding, or have none",
+        listed(
+            [f"{m.name}: {number:,} of {m.n_rows:,} rows are zero, constant or repeated" for m, number in odd]
+        ),
+        "Rows that pad a vocabulary stay as they began; a text that holds such a token means nothing to the model.",
+        command("onebit", "doctor", name, "--json"),
+        "Nothing, where they are padding; else compare with the embedding of the original.",
+    )
+
+
 def scale_meaning(seen: Weights, name: str) -> Finding | None:
     """Scales that are taken for multipliers, and look like divisors."""
     if not seen.coded or not seen.linear:
@@ -342,6 +361,7 @@ CHECKS: tuple[Callable[[Weights, str], Finding | None], ...] = (
     zeros,
     balance,
     dead_rows,
+    untrained_tokens,
     scale_meaning,
     scale_outliers,
     norms,
