@@ -105,6 +105,21 @@ def test_a_text_gives_a_temperature_that_a_model_keeps(folder, capsys):
     assert np.allclose(ratio, t, rtol=1e-6)
 
 
+def test_short_texts_and_models_without_tokenizer(folder, capsys):
+    formats.write(quantize(tiny.master()), folder / "tiny.onebit")
+    (folder / "text.txt").write_text("Once upon a time")
+    with suppress(typer.Exit):
+        doctor("tiny.onebit", text=folder / "text.txt", threads=1, as_json=True)
+    checks = {f["check"]: f["severity"] for f in findings(capsys)}
+    assert "config" in checks and checks.get("calibration", "note") == "note"
+    with pytest.raises(ValueError, match="at least 128"):
+        doctor("tiny.onebit", text=folder / "text.txt", out=folder / "new.onebit", threads=1)
+    formats.write(replace(quantize(tiny.master()), tokenizer=None), folder / "mute.onebit")
+    doctor("mute.onebit", text=folder / "text.txt", threads=1, as_json=True)
+    checks = {f["check"]: f["severity"] for f in findings(capsys)}
+    assert checks["tokenizer"] == "warning" and not {"config", "calibration"} & checks.keys()
+
+
 def test_escapes_of_a_file_are_not_printed(folder, capsys):
     made = tiny.master(chat_template="{{ raise_exception('\x1b[31mred') }}")
     formats.write(quantize(made), folder / "tiny.onebit")

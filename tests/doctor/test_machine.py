@@ -93,6 +93,22 @@ def test_limits_of_containers(tmp_path, files, quota, stopped):
     assert system.throttled(root) == stopped
 
 
+def test_limits_of_memory(tmp_path):
+    files = {
+        "proc/meminfo": "MemTotal:       16000000 kB\nMemFree: 1 kB\n",
+        "proc/self/cgroup": "0::/a\n",
+        "sys/fs/cgroup/a/memory.max": "2000000000\n",
+        "sys/fs/cgroup/memory.max": "max\n",
+    }
+    found = system.memory_limit(tree(tmp_path / "a", files))
+    assert found == (2_000_000_000, 16_384_000_000)
+    assert machine.memory_limit(found, 10**9).what == "The container may fill 2.0 of 16.4 GB"
+    # Version 1 says so where there is none.
+    files["sys/fs/cgroup/a/memory.max"] = "9223372036854771712\n"
+    assert system.memory_limit(tree(tmp_path / "b", files)) is None
+    assert machine.memory_limit(None, 10**9) is None
+
+
 def test_who_else_computes(tmp_path):
     before = ticks(
         tree(

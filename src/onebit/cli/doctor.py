@@ -114,7 +114,14 @@ def _examine(
     is_packed = checkpoint is not None and checkpoint.is_packed
     of_machine = machine.examine(token_bytes=token_bytes(checkpoint) if checkpoint and is_packed else None)
     found += [*of_weights, *of_machine]
-    if content is not None and text is not None and not any(f.severity == "error" for f in of_weights):
+    # A model without tokenizer reads no text, and was told so.
+    reads = checkpoint is not None and checkpoint.tokenizer is not None
+    if (
+        reads
+        and content is not None
+        and text is not None
+        and not any(f.severity == "error" for f in of_weights)
+    ):
         found += _of_text(name, path, text, content, out, threads, progress)
     return found
 
@@ -147,7 +154,14 @@ def _of_text(
     if out is None and any(finding.severity == "error" for finding in found):
         # Another config is another model: its certainty comes after.
         return found
-    fitted = temperature.fit(llm, content, progress=lambda share: progress("fitting the temperature", share))
+    try:
+        fitted = temperature.fit(
+            llm, content, progress=lambda share: progress("fitting the temperature", share)
+        )
+    except ValueError as error:
+        if out is not None:
+            raise
+        return [*found, temperature.unfitted(error, name)]
     if out is not None:
         changed = temperature.apply(llm.checkpoint, fitted.temperature.value)
         formats.write(changed, out)

@@ -58,6 +58,7 @@ def examine(root: Path = Path("/"), token_bytes: int | None = None, seconds: flo
         missing_kernels(system.cpu_flags(root), {*available_isas(), *broken_isas()}),
         threads(choose_threads(), default_threads(), system.cpu_quota(root)),
         throttling(*system.throttled(root)),
+        memory_limit(system.memory_limit(root), available_bytes(root)),
         neighbours(seen, os.cpu_count() or 1),
         governor(dict(system.governors(root)), system.is_clock_chosen_by_cpu(root)),
         turbo(system.turbo(root)),
@@ -168,6 +169,24 @@ def throttling(stopped: int, periods: int) -> Finding | None:
         "A thread that is stopped in the middle of a layer holds up all others.",
         "cat /sys/fs/cgroup/cpu.stat",
         "Raise the limit, or run fewer threads (ONEBIT_THREADS).",
+    )
+
+
+def memory_limit(found: tuple[int, int] | None, available: int | None) -> Finding | None:
+    """Memory that a container may fill, where that is less than the machine has."""
+    if found is None:
+        return None
+    limit, total = (f"{number / 1e9:.1f}" for number in found)
+    left = "" if available is None else f"; {available / 1e9:.1f} GB are left"
+    return Finding(
+        "note",
+        "memory limit",
+        f"The container may fill {limit} of {total} GB",
+        f"limit {found[0]:,} bytes{left}",
+        "Who fills more is ended without a word. Mapped weights may leave memory and come back; keys and values, and "
+        "weights in huge pages, may not.",
+        "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.current",
+        "onebit info MODEL says what fits; --kv-cache int8 and --no-huge-pages take less.",
     )
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from onebit.engine.memory import cgroups
 
 _CPUS = "sys/devices/system/cpu"
+# Of control groups of version 2 and of version 1.
+_MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
 def read(root: Path, name: str) -> str | None:
@@ -74,6 +76,15 @@ def cpu_quota(root: Path) -> float | None:
         if len(numbers) == 2 and all(number.isdecimal() for number in numbers) and int(numbers[1]):
             found.append(int(numbers[0]) / int(numbers[1]))
     return min(found, default=None)
+
+
+def memory_limit(root: Path) -> tuple[int, int] | None:
+    """Bytes that the control groups let this process's group fill, and those of the machine; None without a limit."""
+    lines = [line.split() for line in (read(root, "proc/meminfo") or "").splitlines()]
+    total = next((int(words[1]) * 1024 for words in lines if words[:1] == ["MemTotal:"]), None)
+    limits = [read(folder, name) for folder in cgroups(root, "memory") for name in _MEMORY_LIMITS]
+    found = min((int(limit) for limit in limits if limit and limit.isdecimal()), default=None)
+    return None if total is None or found is None or found >= total else (found, total)
 
 
 def throttled(root: Path) -> tuple[int, int]:

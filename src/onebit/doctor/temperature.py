@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from onebit.checkpoint import Checkpoint, rows
 from onebit.doctor.finding import Finding, command
+from onebit.engine.memory import available_bytes
 from onebit.engine.model import Float32, Int32
 from onebit.eval.figures import RUN_TOKENS, Figure, Float64, Z, bootstrap, token_mean
 from onebit.eval.scoring import Scorer, log_sums
@@ -87,7 +88,8 @@ def fit(
         )
     scorer, windows = Scorer(llm), Windows.of(llm)
     half = len(tokens) // 2
-    n_fit = min(half, max(1, FIT_BYTES // (4 * llm.config.vocab_size)))
+    room = min(FIT_BYTES, (available_bytes() or FIT_BYTES) // 4)
+    n_fit = min(half, max(MIN_TOKENS // 2, room // (4 * llm.config.vocab_size)))
     kept, targets = _kept(scorer, tokens[:n_fit], windows)
     progress(0.4)
     beta, gradient, curvature = inverse_temperature(kept, targets)
@@ -181,6 +183,19 @@ def apply(checkpoint: Checkpoint, temperature: float) -> Checkpoint:
     weight = rows(_NORM, checkpoint.tensors[_NORM]) / np.float32(temperature)
     provenance = checkpoint.provenance | {"head_temperature": temperature}
     return replace(checkpoint, tensors=checkpoint.tensors | {_NORM: weight}, provenance=provenance, sha256={})
+
+
+def unfitted(error: ValueError, model: str) -> Finding:
+    """A text that no temperature can be fitted on."""
+    return Finding(
+        "note",
+        "calibration",
+        "No temperature was fitted",
+        str(error),
+        "The first half of a text fits it and the second judges it; a short one says little of either.",
+        command("onebit", "doctor", model, "--text", "FILE"),
+        "Give a longer text of the kind that the model is for.",
+    )
 
 
 def judge(found: Fit, model: str, text: str) -> Finding:
