@@ -2,6 +2,7 @@
 // Arrays are borrowed without a copy and kept alive; what does not fit raises ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <span>
 #include <string>
 #include <string_view>
@@ -214,6 +216,20 @@ std::vector<std::string> table_names() {
   return names;
 }
 
+// Of every table that this CPU should run, the kernels that answer otherwise than the scalar ones now.
+std::map<std::string, std::vector<std::string>> self_test() {
+  const onebit::Kernels* tables[2 * kMaxKernels];
+  const int n_available = std::min(onebit::available_kernels(tables, kMaxKernels), kMaxKernels);
+  const int n_broken = std::min(onebit::broken_kernels(tables + n_available, kMaxKernels), kMaxKernels);
+  std::map<std::string, std::vector<std::string>> found;
+  for (int i = 0; i < n_available + n_broken; ++i) {
+    const char* names[64];
+    const int n = onebit::wrong_kernels(*onebit::find_kernels("scalar"), *tables[i], names, 64);
+    found[tables[i]->name].assign(names, names + n);
+  }
+  return found;
+}
+
 nb::tuple sine_cosine(double x) {
   require(x >= 0.0 && x < 0x1p24, "x: expected 0 to 2^24");
   double s, c;
@@ -234,6 +250,9 @@ NB_MODULE(_core, m) {
         "Names of the instruction sets that this build and this CPU run, best first.");
   m.def("broken_isas", &table_names<onebit::broken_kernels>,
         "Names of the instruction sets that this CPU should run, and whose kernels failed their self-test.");
+  m.def("self_test", &self_test,
+        "By instruction set that this CPU should run, the kernels that answer otherwise than the scalar ones, asked "
+        "now.");
   m.def("sincos", &sine_cosine, "x"_a,
         "The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24.");
   m.def("sample", &sample, "logits"_a, "ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,

@@ -1,5 +1,6 @@
 // The self-test finds any kernel that is wrong, whichever it is. Kind: exact.
 #include <cstring>
+#include <string>
 
 #include "check.h"
 #include "onebit/kernels.h"
@@ -99,18 +100,24 @@ void wrong_dot_pair(const std::uint8_t* tiles, std::ptrdiff_t, const std::int8_t
   for (int i = 0; i < 2; ++i) scalar().dot_tile[kQ8](tiles, x, ldx, sums, m, k, out + i * m * 16);
 }
 
-bool passes(const Kernels& table) {
+// The first kernel that is wrong, or "" if the table passes.
+std::string first_wrong(const Kernels& table) {
   const Kernels* tables[] = {&table};
   bool is_right;
   self_test(scalar(), tables, 1, &is_right);
-  return is_right;
+  const char* names[64];
+  const int n = wrong_kernels(scalar(), table, names, 64);
+  CHECK(is_right == (n == 0));
+  return n == 0 ? "" : names[0];
 }
 
+bool passes(const Kernels& table) { return first_wrong(table).empty(); }
+
 template <typename Entry>
-void check_found(Entry Kernels::* entry, Entry wrong) {
+void check_found(Entry Kernels::* entry, Entry wrong, const char* name) {
   Kernels table = scalar();
   table.*entry = wrong;
-  CHECK(!passes(table));
+  CHECK(first_wrong(table) == name);
 }
 
 template <int kFormat = 0>
@@ -118,10 +125,10 @@ void check_formats() {
   if constexpr (kFormat < kFloatFormats) {
     Kernels table = scalar();
     table.to_cache[kFormat] = wrong_to_cache<kFormat>;
-    CHECK(!passes(table));
+    CHECK(first_wrong(table) == "to_cache");
     table = scalar();
     table.attend[kFormat] = wrong_attend<kFormat>;
-    CHECK(!passes(table));
+    CHECK(first_wrong(table) == "attend");
     check_formats<kFormat + 1>();
   }
 }
@@ -131,7 +138,7 @@ void check_dot_tiles() {
   if constexpr (kEncoding < kEncodings) {
     Kernels table = scalar();
     table.dot_tile[kEncoding] = wrong_dot_tile<kEncoding>;
-    CHECK(!passes(table));
+    CHECK(first_wrong(table) == "dot_tile");
     check_dot_tiles<kEncoding + 1>();
   }
 }
@@ -146,22 +153,22 @@ void test_self_test() {
   CHECK(broken_kernels(tables, 16) == 0);
 
   check_dot_tiles();
-  check_found(&Kernels::dot_pair, wrong_dot_pair);
-  check_found(&Kernels::scale_sums, wrong_scale_sums<false>);
-  check_found(&Kernels::scale_sums, wrong_scale_sums<true>);
-  check_found(&Kernels::quantize_a8, wrong_codes<&Kernels::quantize_a8>);
-  check_found(&Kernels::quantize_a4, wrong_codes<&Kernels::quantize_a4>);
-  check_found(&Kernels::quantize_a1, wrong_codes<&Kernels::quantize_a1>);
-  check_found(&Kernels::quantize_a15, wrong_quantize_a15);
-  check_found(&Kernels::sum_codes, wrong_sum_codes);
-  check_found(&Kernels::rms_norm, wrong_rms_norm);
-  check_found(&Kernels::rope, wrong_rope);
-  check_found(&Kernels::silu_mul, wrong_gate<&Kernels::silu_mul>);
-  check_found(&Kernels::relu2_mul, wrong_gate<&Kernels::relu2_mul>);
-  check_found(&Kernels::add, wrong_add);
-  check_found(&Kernels::dot_bf16, wrong_dot_bf16);
+  check_found(&Kernels::dot_pair, wrong_dot_pair, "dot_pair");
+  check_found(&Kernels::scale_sums, wrong_scale_sums<false>, "scale_sums");
+  check_found(&Kernels::scale_sums, wrong_scale_sums<true>, "scale_sums");
+  check_found(&Kernels::quantize_a8, wrong_codes<&Kernels::quantize_a8>, "quantize_a8");
+  check_found(&Kernels::quantize_a4, wrong_codes<&Kernels::quantize_a4>, "quantize_a4");
+  check_found(&Kernels::quantize_a1, wrong_codes<&Kernels::quantize_a1>, "quantize_a1");
+  check_found(&Kernels::quantize_a15, wrong_quantize_a15, "quantize_a15");
+  check_found(&Kernels::sum_codes, wrong_sum_codes, "sum_codes");
+  check_found(&Kernels::rms_norm, wrong_rms_norm, "rms_norm");
+  check_found(&Kernels::rope, wrong_rope, "rope");
+  check_found(&Kernels::silu_mul, wrong_gate<&Kernels::silu_mul>, "silu_mul");
+  check_found(&Kernels::relu2_mul, wrong_gate<&Kernels::relu2_mul>, "relu2_mul");
+  check_found(&Kernels::add, wrong_add, "add");
+  check_found(&Kernels::dot_bf16, wrong_dot_bf16, "dot_bf16");
   check_formats();
-  check_found(&Kernels::merge_splits, wrong_merge_splits);
-  check_found(&Kernels::weigh_int8, wrong_weigh_int8);
-  check_found(&Kernels::mix_int8, wrong_mix_int8);
+  check_found(&Kernels::merge_splits, wrong_merge_splits, "merge_splits");
+  check_found(&Kernels::weigh_int8, wrong_weigh_int8, "weigh_int8");
+  check_found(&Kernels::mix_int8, wrong_mix_int8, "mix_int8");
 }

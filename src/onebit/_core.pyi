@@ -15,6 +15,9 @@ def available_isas() -> list[str]:
 def broken_isas() -> list[str]:
     """Names of the instruction sets that this CPU should run, and whose kernels failed their self-test."""
 
+def self_test() -> dict[str, list[str]]:
+    """Kernels that now answer otherwise than the scalar ones, by instruction sets that this CPU should run."""
+
 def sincos(x: float) -> tuple[float, float]:
     """The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24."""
 

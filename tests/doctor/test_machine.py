@@ -135,12 +135,15 @@ def test_who_else_computes(tmp_path):
 
 
 def test_kernels():
-    found = machine.kernels(["avx2", "scalar"], [], "avx2")
-    assert found.severity == "ok"
-    found = machine.kernels(["scalar"], ["avx2"], "scalar")
-    assert found.severity == "error" and "avx2" in found.what
-    assert machine.kernels(["avx2", "scalar"], [], "scalar").severity == "warning"
-    assert machine.kernels(["scalar"], [], "scalar").severity == "warning"
+    fine = {"avx2": [], "scalar": []}
+    assert machine.kernels(["avx2", "scalar"], fine, "avx2").severity == "ok"
+    assert machine.kernels(["avx2", "scalar"], fine, "scalar").severity == "warning"
+    assert machine.kernels(["scalar"], {"scalar": []}, "scalar").severity == "warning"
+    found = machine.kernels(["scalar"], {"avx2": ["rope"], "scalar": []}, "scalar")
+    assert found.severity == "error" and "avx2" in found.what and "avx2: rope" in found.evidence
+    # What was right at the start may be wrong by now.
+    later = machine.kernels(["avx2", "scalar"], {"avx2": ["add"], "scalar": []}, "avx2")
+    assert later.severity == "error"
 
 
 def test_kernels_that_the_build_lacks():

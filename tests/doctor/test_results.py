@@ -233,6 +233,8 @@ def test_other_texts_and_settings_are_not_compared(made):
     assert found.severity == "warning" and "a.txt: other window" in found.evidence
     assert results.unsure_not_ignorant(before, after) is None
     assert results.other_settings(before, copy.deepcopy(before)) is None
+    # Of a text that was measured in two ways, one in common suffices.
+    assert results.other_settings(made([text(10.0), text(11.0, window=256)]), made([text(10.0)])) is None
     # Where a task's items lay changes nothing.
     elsewhere = made([task("piqa", 0.6, settings={"limit": None, "data": "b"})])
     there = made([task("piqa", 0.6, settings={"limit": None, "data": "a"})])
@@ -280,6 +282,17 @@ def test_files_are_compared_with_the_first_of_their_kind(made):
     found = results.examine(file.path for file in files)
     assert [finding.check for finding in found] == ["results", "results", "calibration", "slower"]
     assert [finding.severity for finding in found] == ["ok", "ok", "warning", "warning"]
+
+
+def test_a_file_without_figures(made):
+    (found,) = results.examine([made([]).path])
+    assert found.severity == "note" and "0 figures of m.onebit" in found.evidence
+
+
+def test_each_of_several_files_is_named(made):
+    files = [made([text(10.0, 9.0)]).path, made([text(10.0, 9.0)]).path]
+    assert [f.evidence.partition(":")[0] for f in results.examine(files)] == ["0.json", "1.json"]
+    assert results.examine(files[:1])[0].evidence.startswith("a.txt")
 
 
 def test_figures_without_a_value_are_left_out(made):

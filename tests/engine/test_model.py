@@ -15,6 +15,7 @@ from onebit.engine.model import (
     choose_isa,
     choose_threads,
     default_threads,
+    self_test,
 )
 from onebit.llm import LLM, load
 
@@ -155,6 +156,10 @@ def run(model: Model, sequences: list[list[int]], chunk: int, kv_cache: str = "b
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype == np.float32 and a.tobytes() == b.tobytes()
+
+
+def test_every_kernel_answers_like_the_scalar_one():
+    assert self_test() == {isa: [] for isa in available_isas()}
 
 
 @pytest.mark.parametrize("isa", available_isas())

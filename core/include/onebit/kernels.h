@@ -111,5 +111,8 @@ int broken_kernels(const Kernels** tables, int capacity) noexcept;
 const Kernels* find_kernels(const char* name) noexcept;
 // The self-test: whether each table gives the bits of the reference in one small case of every kernel.
 void self_test(const Kernels& reference, const Kernels* const* tables, int n, bool* is_right) noexcept;
+// The kernels of a table whose bits in that case are others than those of the reference, in the order in which they run:
+// what the first one spoils, later ones may repeat. Returns their number, at most the capacity.
+int wrong_kernels(const Kernels& reference, const Kernels& table, const char** names, int capacity) noexcept;
 
 }  // namespace onebit

@@ -163,6 +163,11 @@ struct Answers {
   }
 };
 
+template <typename T>
+bool differ(const T& a, const T& b) noexcept {
+  return std::memcmp(&a, &b, sizeof a) != 0;
+}
+
 }  // namespace
 
 void self_test(const Kernels& reference, const Kernels* const* tables, int n, bool* is_right) noexcept {
@@ -170,8 +175,39 @@ void self_test(const Kernels& reference, const Kernels* const* tables, int n, bo
   const Answers expected(reference, given);
   for (int i = 0; i < n; ++i) {
     const Answers actual(*tables[i], given);
-    is_right[i] = std::memcmp(&actual, &expected, sizeof actual) == 0;
+    is_right[i] = !differ(actual, expected);
   }
+}
+
+int wrong_kernels(const Kernels& reference, const Kernels& table, const char** names, int capacity) noexcept {
+  const Case given;
+  const Answers e(reference, given);
+  const Answers a(table, given);
+  int n = 0;
+  const auto note = [&](const char* name, bool is_wrong) {
+    if (is_wrong && n < capacity) names[n++] = name;
+  };
+  note("dot_tile", differ(a.one, e.one) || differ(a.many, e.many));
+  note("dot_pair", differ(a.pair, e.pair));
+  note("scale_sums", differ(a.scaled, e.scaled) || differ(a.scaled15, e.scaled15));
+  note("quantize_a8", differ(a.codes[0], e.codes[0]) || differ(a.scales[0], e.scales[0]));
+  note("quantize_a4", differ(a.codes[1], e.codes[1]) || differ(a.scales[1], e.scales[1]));
+  note("quantize_a1", differ(a.codes[2], e.codes[2]) || differ(a.scales[2], e.scales[2]));
+  note("quantize_a15", differ(a.codes15, e.codes15) || differ(a.scales[3], e.scales[3]));
+  note("sum_codes", differ(a.code_sum, e.code_sum));
+  note("rms_norm", differ(a.normed, e.normed));
+  note("rope", differ(a.rotated, e.rotated));
+  note("silu_mul", differ(a.gated[0], e.gated[0]));
+  note("relu2_mul", differ(a.gated[1], e.gated[1]));
+  note("add", differ(a.added, e.added));
+  note("dot_bf16", differ(a.dots, e.dots));
+  note("to_cache", differ(a.halves, e.halves) || differ(a.bytes, e.bytes));
+  note("attend", differ(a.m, e.m) || differ(a.l, e.l) || differ(a.attended, e.attended));
+  note("merge_splits", differ(a.merged_ml, e.merged_ml) || differ(a.merged, e.merged));
+  note("weigh_int8",
+       differ(a.weights, e.weights) || differ(a.weight_sums, e.weight_sums) || differ(a.factors, e.factors));
+  note("mix_int8", differ(a.mixed, e.mixed));
+  return n;
 }
 
 }  // namespace onebit

@@ -54,6 +54,6 @@ def command(*words: object) -> str:
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    shown = ", ".join(names[:most])
+    """The first names or clauses of a list, and how many more there are."""
+    shown = ("; " if any("," in name for name in names) else ", ").join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

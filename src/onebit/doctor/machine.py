@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from onebit.doctor import system
-from onebit.doctor.finding import Finding, Severity
+from onebit.doctor.finding import Finding, Severity, listed
 from onebit.doctor.system import Neighbours
 from onebit.engine.memory import HUGE_FROM, HUGE_PAGE, available_bytes, free_huge_bytes
-from onebit.engine.model import available_isas, broken_isas, choose_isa, choose_threads, default_threads
+from onebit.engine.model import available_isas, choose_isa, choose_threads, default_threads, self_test
 
 # What the CPU says it has, in Linux' words, and the kernels that are for it; as core/src/kernels/dispatch.cpp asks.
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
@@ -54,8 +54,8 @@ def examine(root: Path = Path("/"), token_bytes: int | None = None, seconds: flo
     after = system.ticks(root)
     seen = system.neighbours(before, after, os.getpid()) if before and after else None
     found = [
-        kernels(available_isas(), broken_isas(), choose_isa()),
-        missing_kernels(system.cpu_flags(root), {*available_isas(), *broken_isas()}),
+        kernels(available_isas(), self_test(), choose_isa()),
+        missing_kernels(system.cpu_flags(root), set(self_test())),
         threads(choose_threads(), default_threads(), system.cpu_quota(root)),
         throttling(*system.throttled(root)),
         memory_limit(system.memory_limit(root), available_bytes(root)),
@@ -72,15 +72,22 @@ def examine(root: Path = Path("/"), token_bytes: int | None = None, seconds: flo
     return [finding for finding in found if finding]
 
 
-def kernels(available: list[str], broken: list[str], chosen: str) -> Finding:
-    """Every kernel of every instruction set has answered a small odd case as the scalar ones do, to the bit."""
-    passed = f"every kernel of {', '.join(available)} gives the bits of the scalar ones; {chosen} is used"
+def kernels(available: list[str], tested: dict[str, list[str]], chosen: str) -> Finding:
+    """Every kernel of every instruction set has to answer a small odd case as the scalar ones do, to the bit.
+
+    Args:
+        available: instruction sets that can be used, the best first.
+        tested: kernels that answer otherwise, of each instruction set that the CPU should run.
+        chosen: which one is used.
+    """
+    broken = [isa for isa in tested if tested[isa] or isa not in available]
+    passed = f"asked now, every kernel of {', '.join(available)} gives the bits of the scalar ones; {chosen} is used"
     if broken:
         return Finding(
             "error",
             "kernels",
             f"The kernels of {', '.join(broken)} compute wrongly on this machine; they are not used",
-            f"their answers to the self-test differ from the scalar ones; {passed}",
+            f"{listed([f'{isa}: {listed(tested[isa])}' for isa in broken])} differ from the scalar ones",
             "A CPU, an emulator or a compiler makes mistakes: what else was built or runs here may be wrong too.",
             _INFO,
             "Report the CPU and the compiler; rebuild with another compiler to tell which of both it is.",

@@ -123,10 +123,11 @@ def pairs(before: Reading, after: Reading) -> Iterator[tuple[Measured, Measured]
 
 
 def unlike(before: Reading, after: Reading) -> Iterator[tuple[Measured, list[str]]]:
-    """Figures that both files have and none of both measured with the settings of the other, and which differ."""
-    for old in before.measured:
+    """Figures that both files have, but never with the same settings; and which settings differ."""
+    compared = {old.key for old, _ in pairs(before, after)}
+    for old in (old for old in before.measured if old.key not in compared):
         same = [_how(new) for new in after.measured if new.key == old.key]
-        if same and _how(old) not in same:
+        if same:
             found = _how(old)
             yield old, sorted(name for name in {*found, *same[0]} if found.get(name) != same[0].get(name))
 

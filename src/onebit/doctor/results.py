@@ -6,6 +6,7 @@ A rule is a function from one file, or from two that are compared, to a finding 
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from onebit.doctor import readings, speeds
@@ -52,6 +53,8 @@ def examine(paths: Iterable[Path]) -> list[Finding]:
     for file in files:
         rules, compare = (RULES, PAIR_RULES) if file.kind == EVAL else (speeds.RULES, speeds.PAIR_RULES)
         said = [finding for rule in rules if (finding := rule(file))]
+        if len(files) > 1:
+            said = [replace(finding, evidence=f"{file.path.name}: {finding.evidence}") for finding in said]
         before = first.setdefault(file.kind, file)
         if before is not file:
             said += [finding for two in (*ALL_PAIR_RULES, *compare) if (finding := two(before, file))]
@@ -61,6 +64,16 @@ def examine(paths: Iterable[Path]) -> list[Finding]:
 
 def nothing(file: Reading, before: Reading | None) -> Finding:
     """A file that no rule has anything to say about."""
+    if not file.measured:
+        return Finding(
+            "note",
+            "results",
+            f"There is nothing in {file.path.name}",
+            f"0 figures of {file.name}",
+            "It was begun, and stopped before the first figure was there, or all of it failed.",
+            command("onebit", "eval", file.name, "--text", "FILE", "--out", file.path),
+            "Measure again.",
+        )
     against = f", compared with {before.path}" if before else ""
     return Finding(
         "ok",

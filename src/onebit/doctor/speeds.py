@@ -316,7 +316,7 @@ def _shown(m: Measured) -> str:
         name: value for name, value in m.settings.items() if name in ("context", "batch", "tokens", "prompt")
     }
     words = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return f"{m.engine} {m.figure} ({words}) {m.describe()}"
+    return f"{m.engine} {m.figure} {f'({words}) ' if words else ''}{m.describe()}"
 
 
 def _threads(m: Measured) -> int:

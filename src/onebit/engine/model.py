@@ -223,6 +223,16 @@ def broken_isas() -> list[str]:
     return _core.broken_isas()
 
 
+def self_test() -> dict[str, list[str]]:
+    """Ask every kernel of every instruction set that this CPU should run again, now.
+
+    Returns:
+        By instruction set the kernels whose answer to a small odd case differs from that of the scalar ones; the first
+        is the cause, later ones may repeat what it spoiled. "scalar" itself is the measure.
+    """
+    return _core.self_test()
+
+
 def choose_isa(isa: str | None = None) -> str:
     """The instruction set asked for: by the argument, else by ONEBIT_ISA, else the best.
 
