@@ -224,7 +224,7 @@ std::map<std::string, std::vector<std::string>> self_test() {
   std::map<std::string, std::vector<std::string>> found;
   for (int i = 0; i < n_available + n_broken; ++i) {
     const char* names[64];
-    const int n = onebit::wrong_kernels(*onebit::find_kernels("scalar"), *tables[i], names, 64);
+    const int n = onebit::self_test(*onebit::find_kernels("scalar"), *tables[i], names, 64);
     found[tables[i]->name].assign(names, names + n);
   }
   return found;
@@ -251,8 +251,7 @@ NB_MODULE(_core, m) {
   m.def("broken_isas", &table_names<onebit::broken_kernels>,
         "Names of the instruction sets that this CPU should run, and whose kernels failed their self-test.");
   m.def("self_test", &self_test,
-        "By instruction set that this CPU should run, the kernels that answer otherwise than the scalar ones, asked "
-        "now.");
+        "Kernels that now answer otherwise than the scalar ones, by instruction sets that this CPU should run.");
   m.def("sincos", &sine_cosine, "x"_a,
         "The float64 sine and cosine behind the rotary position angles, for 0 <= x < 2^24.");
   m.def("sample", &sample, "logits"_a, "ids"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,

@@ -293,7 +293,7 @@ def changed(checkpoint, what):
 
 def test_a_right_config_is_confirmed():
     (found,) = variants.examine(shipped(), STORY, NAME, "text.txt", 1)
-    assert found.severity == "ok" and "silu as gate +" in found.evidence
+    assert found.severity == "ok" and "silu as gate: +" in found.evidence
 
 
 @pytest.mark.parametrize(

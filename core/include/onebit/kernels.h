@@ -109,10 +109,8 @@ int available_kernels(const Kernels** tables, int capacity) noexcept;
 int broken_kernels(const Kernels** tables, int capacity) noexcept;
 // The available table of that name, or nullptr.
 const Kernels* find_kernels(const char* name) noexcept;
-// The self-test: whether each table gives the bits of the reference in one small case of every kernel.
-void self_test(const Kernels& reference, const Kernels* const* tables, int n, bool* is_right) noexcept;
-// The kernels of a table whose bits in that case are others than those of the reference, in the order in which they run:
-// what the first one spoils, later ones may repeat. Returns their number, at most the capacity.
-int wrong_kernels(const Kernels& reference, const Kernels& table, const char** names, int capacity) noexcept;
+// The self-test: one small case of every kernel. Tells the kernels of a table whose bits are others than those of the
+// reference, in the order in which they run: what the first one spoils, later ones may repeat. Returns their number.
+int self_test(const Kernels& reference, const Kernels& table, const char** names, int capacity) noexcept;
 
 }  // namespace onebit

@@ -127,16 +127,12 @@ struct Tables {
   int n_broken = 0;
 
   Tables() noexcept {
-    const Kernels* supported[kCandidateCount];
-    bool is_right[kCandidateCount];
-    int n = 0;
     for (const Candidate& candidate : kCandidates) {
-      if (candidate.is_supported()) supported[n++] = candidate.table;
+      if (!candidate.is_supported()) continue;
+      // The scalar table is the measure, and always there.
+      const bool is_right = candidate.table == &kScalar || self_test(kScalar, *candidate.table, nullptr, 0) == 0;
+      (is_right ? available[n_available++] : broken[n_broken++]) = candidate.table;
     }
-    // The last is the reference itself.
-    self_test(kScalar, supported, n - 1, is_right);
-    is_right[n - 1] = true;
-    for (int i = 0; i < n; ++i) (is_right[i] ? available[n_available++] : broken[n_broken++]) = supported[i];
   }
 };
 

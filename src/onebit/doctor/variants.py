@@ -119,7 +119,7 @@ def doubt(base: Float64, variant: Variant, gain: Figure, name: str, file: str) -
 def confirmed(base: Float64, tried: list[tuple[Variant, Figure]], name: str, file: str) -> Finding:
     """A config that none of its variants beats."""
     tried = sorted(tried, key=lambda pair: pair[1].value)
-    nearest = "; ".join(f"{variant.what} {gain.value:+.3f}" for variant, gain in tried)
+    nearest = "; ".join(f"{variant.what}: {gain.value:+.3f}" for variant, gain in tried)
     return Finding(
         "ok",
         "config",
