@@ -8,9 +8,11 @@ from typing import Any
 
 import shapes
 import twins
-from fleet import Engine
 
 from onebit import formats
+from onebit.bench import peers
+from onebit.bench.fleet import Engine
+from onebit.bench.peers import LARGE, SMALL
 from onebit.checkpoint import Checkpoint
 from onebit.config import ModelConfig
 from onebit.engine.memory import position_bytes
@@ -28,8 +30,8 @@ PEERS = {
 CONTEXTS = (2048, 8192)
 CACHES = ("bf16", "int8")
 PROMPTS = (128, 512, 2048)
-# Python with its libraries, and what lies about during a run; of PyTorch, far more.
-SMALL, LARGE = 400_000_000, 2_000_000_000
+# Where the worker finds engines that are no part of the package.
+FOLDERS = [str(Path(__file__).parent)]
 
 # A value as an engine gives it times this, and the unit of that.
 UNITS = {
@@ -160,12 +162,23 @@ def own_engines(known: Facts, path: Path) -> dict[str, Engine]:
     """The machine, and onebit twice: once kept, once anew for each measurement of load time and memory."""
     config, file_bytes = known.config, path.stat().st_size
     known.file_bytes[OURS] = file_bytes
-    arguments = {"engine": "ours", "path": str(path), "threads": known.threads, "isa": known.isa}
+    arguments = {
+        "engine": "engines.ours:Ours",
+        "folders": FOLDERS,
+        "path": str(path),
+        "threads": known.threads,
+        "isa": known.isa,
+    }
     caches = 2 * max(CONTEXTS) * position_bytes(config)
     shortlists = config.vocab_size * config.d_model
     return {
         MACHINE: Engine(
-            {"engine": "machine", "n_bytes": known.token_bytes, "threads": known.threads},
+            {
+                "engine": "engines.machine:Machine",
+                "folders": FOLDERS,
+                "n_bytes": known.token_bytes,
+                "threads": known.threads,
+            },
             known.token_bytes + SMALL,
         ),
         OURS: Engine(arguments, file_bytes + caches + shortlists + SMALL),
@@ -181,11 +194,12 @@ def peer_engine(name: str, known: Facts, path: Path) -> Engine:
         known.file_bytes[name] = path.stat().st_size
         # It may keep a second copy, in an order that its kernels like better.
         return Engine(
-            {"engine": "llama", "path": str(path), "threads": known.threads}, 2 * path.stat().st_size + SMALL
+            {"engine": peers.PEERS["llama.cpp"].engine, "path": str(path), "threads": known.threads},
+            2 * path.stat().st_size + SMALL,
         )
     if name == PACKED:
         known.file_bytes[name] = (path / "model.safetensors").stat().st_size
-    arguments = {"engine": "hugging", "path": str(path), "threads": known.threads}
+    arguments = {"engine": peers.PEERS["torch"].engine, "path": str(path), "threads": known.threads}
     # Its functions are compiled at first use, for one length and then for all.
     return Engine(arguments, 2 * n_weights * 5 // 4 + LARGE, warm_up=2)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from foreign import LIMIT, Usage
 from plan import FRESH, LLAMA, MACHINE, OURS, UNITS, Facts, Task, task
+
+from onebit.bench.foreign import LIMIT, Usage
 
 
 @dataclass

@@ -19,10 +19,10 @@ from pathlib import Path
 import picture
 import plan
 import report
-from fleet import Absent, Engine, Fleet
 from shapes import SHAPES
 
 from onebit import formats
+from onebit.bench.fleet import Absent, Engine, Fleet
 from onebit.config import ModelConfig
 from onebit.engine.model import choose_isa, choose_threads
 

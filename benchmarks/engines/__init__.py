@@ -1,1 +1,1 @@
-"""Engines that can be measured, each in a process of its own: worker.py runs one, and asks it on demand."""
+"""Engines that only `make bench` measures: the parts of onebit, and the limits of the machine. Others: onebit.bench."""

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 import onebit
-from engines.timing import per_second, resident_bytes
+from onebit.bench.timing import memory_bytes, per_second
 from onebit.engine.engine import MAX_STEP_TOKENS
 from onebit.engine.memory import position_bytes
 from onebit.engine.model import BLOCK_TOKENS, Float32, KvCache, Model, sample
@@ -153,7 +153,7 @@ class Ours:
         self.prefill(threads, 0, tokens)
         self.decode(threads, 0, tokens)
         kv_bytes = tokens * position_bytes(self._llm.config)
-        return resident_bytes(peak=True) - self._file_bytes - kv_bytes
+        return memory_bytes()["peak_bytes"] - self._file_bytes - kv_bytes
 
     @cached_property
     def _shipped(self) -> onebit.LLM:

@@ -77,17 +77,20 @@ class Results:
                 )
         self.data |= {"results": results, "unfinished": unfinished}
 
-    def find(self, kind: str, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """A result that is there already, measured with the same settings."""
+    def find(
+        self, kind: str, name: str, settings: dict[str, Any], engine: str | None = None
+    ) -> dict[str, Any] | None:
+        """A result that is there already, measured with the same settings and, of a benchmark, the same engine."""
         for result in self.data["results"]:
-            if (result["kind"], result["name"], result["settings"]) == (kind, name, settings):
+            of = result["kind"], result["name"], result["settings"], result.get("engine")
+            if of == (kind, name, settings, engine):
                 found: dict[str, Any] = result
                 return found
         return None
 
     def add(self, kind: str, name: str, settings: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         """Add a result, in place of one of the same settings, and write the file."""
-        old = self.find(kind, name, settings)
+        old = self.find(kind, name, settings, found.get("engine"))
         if old is not None:
             self.data["results"].remove(old)
         result = {"kind": kind, "name": name, "settings": settings, **found, "command": command()}

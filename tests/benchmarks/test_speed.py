@@ -1,11 +1,8 @@
 """The benchmark measures, accounts and reports as it says. Kind: invariant."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from statistics import median
 
@@ -15,11 +12,10 @@ import pytest
 import report
 import shapes
 import speed
-from fleet import Absent, Engine, Fleet
-from foreign import Look, Meter, Usage, usage
 from plan import MACHINE, OURS, task
 
 import tiny
+from onebit.bench.foreign import Usage
 
 CONFIG = replace(tiny.CONFIG, d_model=64, d_ff=160, max_seq_len=8192)
 QUIET, LOUD = Usage(0.01, 0.0, 0.0), Usage(0.4, 0.1, 0.0)
@@ -110,55 +106,6 @@ def test_json_and_picture_of_a_run(known, tmp_path):
 )
 def test_names_of_result_files(cpu, expected):
     assert report.slug(cpu, "avx2") == expected
-
-
-def test_usage_is_what_neither_we_nor_idleness_explain():
-    before, after = Look(0, 100, 5, 10, 1), Look(10, 113, 6, 20, 2)
-    # Of 20 seconds of two processors 13 were busy, 10 of them ours, and one was stolen.
-    assert usage(before, after, 2) == pytest.approx(Usage((3 + 1) / 20, 1 / 20, 1 / 20))
-    assert usage(before, Look(10, 109, 5, 20, 1), 2).foreign == 0
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")
-def test_another_process_that_works_is_seen():
-    meter, spin = Meter(), "while True: pass"
-    with subprocess.Popen([sys.executable, "-c", spin]) as other:
-        try:
-            looks = [(meter.look([]), meter.look([other.pid]), meter.look([], [other.pid]))]
-            time.sleep(0.5)
-            looks.append((meter.look([]), meter.look([other.pid]), meter.look([], [other.pid])))
-        finally:
-            other.kill()
-    foreign, own, idle = (usage(a, b, meter.cpus) for a, b in zip(*looks, strict=True))
-    # Where processors are short it gets less than a whole one.
-    assert foreign.foreign > own.foreign + 0.1 / meter.cpus
-    assert idle.idle > 0.1 / meter.cpus and idle.foreign >= idle.idle * 0.5
-
-
-def test_the_meter_reads_what_linux_writes(tmp_path):
-    tick = os.sysconf("SC_CLK_TCK")
-    (tmp_path / "stat").write_text(
-        f"cpu  {tick} {2 * tick} {3 * tick} 9 9 {4 * tick} {5 * tick} {6 * tick} 0 0\n"
-    )
-    (tmp_path / "7").mkdir()
-    fields = " ".join(["S", *["0"] * 10, str(2 * tick), str(tick), "0"])
-    (tmp_path / "7" / "stat").write_text(f"7 (a) b) {fields}\n")
-    look = Meter(tmp_path).look([], [7, 8])
-    assert (look.busy_s, look.stolen_s, look.idle_s) == (15, 6, 3)
-    assert Meter(tmp_path / "nowhere").look([]) is None
-
-
-def test_an_engine_that_cannot_start_says_why(tmp_path):
-    arguments = {"engine": "ours", "path": str(tmp_path / "none.onebit"), "threads": 1}
-    fleet = Fleet({OURS: Engine(arguments, 0), "large": Engine(arguments, 2**60)})
-    with pytest.raises(Absent, match="none.onebit"):
-        fleet.start(OURS)
-    with pytest.raises(Absent, match="needs about 1152921504.6 GB of memory"):
-        fleet.start("large")
-    # It is not tried again.
-    with pytest.raises(Absent, match="none.onebit"):
-        fleet.ask(OURS, {"what": "decode", "threads": 1, "seconds": 0})
-    fleet.close()
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="limits are compiled where they run")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("run", "serve", "train", "distill", "tune", "eval", "report", "convert", "info", "doctor")
+VERBS = ("run", "serve", "train", "distill", "tune", "eval", "bench", "report", "convert", "info", "doctor")
 
 
 class _Verbs(TyperGroup):

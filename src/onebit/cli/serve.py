@@ -1,6 +1,5 @@
 """`onebit serve`: models behind OpenAI's API."""
 
-import re
 import shlex
 import sys
 from ipaddress import ip_address
@@ -9,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onebit.cli.sizes import parse_bytes
+
 if TYPE_CHECKING:
     from onebit.llm import LLM
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def serve(
@@ -80,7 +79,7 @@ def serve(
         max_batched_tokens=_at_least("--max-batched-tokens", max_batched_tokens, 1),
         max_queue=_at_least("--max-queue", max_queue, 0),
         context=None if context is None else _at_least("--context", context, 1),
-        cache_bytes=_bytes(memory),
+        cache_bytes=parse_bytes("--memory", memory),
         api_keys=keys,
         allow_origins=allow_origin or (),
         allow_hosts=_hosts(host, allow_host or [], is_open=not keys),
@@ -153,13 +152,6 @@ def _hosts(host: str, allowed: list[str], is_open: bool) -> list[str]:
         is_loopback = False
     usual = [host, "localhost", "127.0.0.1", "::1"] if is_loopback and is_open else []
     return [name.lower() for name in [*usual, *allowed]]
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise ValueError(f"--memory is {text!r}; expected a size such as 2GiB or 500M")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _at_least(name: str, value: int, least: int) -> int:

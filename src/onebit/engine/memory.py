@@ -142,7 +142,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     """
     if sys.platform == "win32":
         return _windows_available()
-    found = [_meminfo_available(root), *_cgroups_available(root)]
+    found = [_meminfo_available(root), _address_space_left(root), *_cgroups_available(root)]
     limits = [limit for limit in found if limit is not None]
     if limits:
         return min(limits)
@@ -182,6 +182,20 @@ def _meminfo_available(root: Path) -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, IndexError, StopIteration):
         return None
+
+
+def _address_space_left(root: Path) -> int | None:
+    """What `ulimit -v` leaves this process, if it limits it."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = int((root / "proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(limit - used, 0)
 
 
 def cgroups(root: Path, controller: str) -> Iterator[Path]:

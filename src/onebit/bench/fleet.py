@@ -1,6 +1,6 @@
 """The processes that hold the engines: started once, asked one at a time, ended when memory is short.
 
-fleet = Fleet({"ours": Engine("onebit", sys.executable, {...}, need)})
+fleet = Fleet({"ours": Engine({"engine": "onebit.bench.engines.ours:Ours", ...}, need)})
 fleet.ask("ours", {"what": "decode", "threads": 2, "seconds": 0.5})
 """
 
@@ -8,18 +8,18 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from foreign import Meter, Usage, usage
-
+from onebit.bench.foreign import Meter, Usage, usage
 from onebit.engine.memory import available_bytes
-
-WORKER = Path(__file__).parent / "engines" / "worker.py"
 
 # Threads of OpenMP spin for some milliseconds after their work; then they sleep, and the next turn may begin.
 SETTLE_S = 0.05
+
+Watch = Callable[[int], AbstractContextManager[Any]]
 
 
 class Absent(Exception):
@@ -50,10 +50,18 @@ class Answer:
     Args:
         value: in the unit of what was asked for.
         usage: of the processors by others meanwhile; None where that is not known.
+        elapsed_s: seconds since the process of the engine was started.
+        load_s: of these, what loading took.
+        peak_bytes: resident set of the process, at its peak.
+        address_bytes: its address space, at its peak; 0 where that is not known.
     """
 
-    value: float
+    value: Any
     usage: Usage | None
+    elapsed_s: float
+    load_s: float
+    peak_bytes: int
+    address_bytes: int
 
 
 @dataclass
@@ -61,8 +69,9 @@ class Worker:
     """A running engine."""
 
     process: subprocess.Popen[str]
-    info: dict[str, Any]
-    load_s: float
+    started: float
+    info: dict[str, Any] = field(default_factory=dict)
+    load_s: float = 0.0
     warm: set[str] = field(default_factory=set)
 
 
@@ -84,8 +93,13 @@ class Fleet:
         # Measurements that ended a process, by engine and request: they would end the next one too.
         self._deadly: dict[tuple[str, str], str] = {}
 
-    def ask(self, name: str, request: dict[str, Any]) -> Answer:
+    def ask(self, name: str, request: dict[str, Any], watch: Watch = nullcontext) -> Answer:
         """Make one measurement; the first ones of their kind in a process are made before, and forgotten.
+
+        Args:
+            name: of the engine.
+            request: for its process: "what", and its arguments.
+            watch: makes, of the id of that process, something that is open for as long as it measures.
 
         Raises:
             Absent: this engine cannot do it; `absent` remembers an engine that cannot even start.
@@ -97,15 +111,18 @@ class Fleet:
             raise Absent(self._deadly[name, key])
         worker = self._workers.get(name) or self._start(name)
         try:
-            if key not in worker.warm and not engine.fresh:
-                for _ in range(engine.warm_up):
-                    self._call(name, {**request, "seconds": 0})
-                worker.warm.add(key)
-            time.sleep(SETTLE_S)
-            before = self._look(name)
-            answer = self._call(name, request)
-            after = self._look(name)
-            self.peaks[name] = max(self.peaks.get(name, 0), answer["peak_bytes"])
+            # A fresh one is measured as it comes.
+            if not engine.fresh:
+                if key not in worker.warm:
+                    for _ in range(engine.warm_up):
+                        self._call(name, {**request, "seconds": 0})
+                    worker.warm.add(key)
+                time.sleep(SETTLE_S)
+            with watch(worker.process.pid):
+                before = self._look(name)
+                answer = self._call(name, request)
+                elapsed_s = time.perf_counter() - worker.started
+                after = self._look(name)
         except Absent as reason:
             if worker.process.poll() is not None:
                 self._deadly[name, key] = str(reason)
@@ -114,7 +131,11 @@ class Fleet:
         finally:
             if engine.fresh:
                 self._stop(name)
-        return Answer(answer["value"], before and after and usage(before, after, self._meter.cpus))
+        self.peaks[name] = max(self.peaks.get(name, 0), answer["peak_bytes"])
+        others = before and after and usage(before, after, self._meter.cpus)
+        return Answer(
+            answer["value"], others, elapsed_s, worker.load_s, answer["peak_bytes"], answer["address_bytes"]
+        )
 
     def close(self) -> None:
         """End all processes."""
@@ -132,11 +153,12 @@ class Fleet:
     def _start(self, name: str) -> Worker:
         engine = self.engines[name]
         self._make_room(name)
+        started = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(engine.arguments)],
+            [sys.executable, "-P", "-m", "onebit.bench.worker", json.dumps(engine.arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        worker = self._workers[name] = Worker(process, {}, 0.0)
+        worker = self._workers[name] = Worker(process, started)
         try:
             hello = self._receive(name)
         except Absent as reason:

@@ -3,7 +3,7 @@
 meter = Meter()
 before = meter.look(active=[worker.pid], idle=[other.pid])
 ...
-share = usage(before, meter.look(...)).foreign
+share = usage(before, meter.look(...), meter.cpus).foreign
 """
 
 import os

@@ -20,13 +20,13 @@ def per_second(work: Callable[[], int], seconds: float) -> float:
     return done / (time.perf_counter() - started)
 
 
-def resident_bytes(peak: bool = False) -> int:
-    """The resident set of this process now, or at its peak; mapped files are in it."""
+def memory_bytes() -> dict[str, int]:
+    """At their peaks: the resident set of this process, mapped files in it, and where it is known its address space."""
     status = Path("/proc/self/status")
     if status.exists():
-        name = "VmHWM:" if peak else "VmRSS:"
-        return next(
-            int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name)
-        )
-    # Elsewhere the system tells the peak only, in kilobytes or, on macOS, in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        lines = (line.split() for line in status.read_text().splitlines())
+        found = {words[0]: int(words[1]) * 1024 for words in lines if words[0] in ("VmHWM:", "VmPeak:")}
+        return {"peak_bytes": found["VmHWM:"], "address_bytes": found["VmPeak:"]}
+    # Elsewhere the system tells the resident set only, in kilobytes or, on macOS, in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak, "address_bytes": 0}

@@ -1,0 +1,52 @@
+"""Processes of engines start, answer, die and are named. Kind: invariant."""
+
+import pytest
+
+import tiny
+from onebit import formats
+from onebit.bench.fleet import Absent, Engine, Fleet
+from onebit.checkpoint import quantize
+
+OURS = "onebit"
+ENGINE = "onebit.bench.engines.ours:Ours"
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path):
+    arguments = {"engine": ENGINE, "path": str(tmp_path / "none.onebit"), "threads": 1}
+    fleet = Fleet({OURS: Engine(arguments, 0), "large": Engine(arguments, 2**60)})
+    with pytest.raises(Absent, match="none.onebit"):
+        fleet.start(OURS)
+    with pytest.raises(Absent, match="needs about 1152921504.6 GB of memory"):
+        fleet.start("large")
+    # It is not tried again.
+    with pytest.raises(Absent, match="none.onebit"):
+        fleet.ask(OURS, {"what": "decode", "threads": 1, "seconds": 0})
+    fleet.close()
+
+
+def test_a_fresh_process_tells_its_start_and_its_memory(tmp_path):
+    path = tmp_path / "tiny.onebit"
+    formats.write(quantize(tiny.master()), path)
+    fleet = Fleet({OURS: Engine({"engine": ENGINE, "path": str(path), "threads": 1}, 0, fresh=True)})
+    request = {"what": "one_text", "threads": 1, "seconds": 0, "prompt": 4, "tokens": 3}
+    watched = []
+
+    class Watch:
+        def __init__(self, pid):
+            watched.append(pid)
+
+        def __enter__(self):
+            watched.append("open")
+
+        def __exit__(self, *error):
+            watched.append("closed")
+
+    first, second = (fleet.ask(OURS, request, Watch) for _ in range(2))
+    for answer in (first, second):
+        assert 0 < answer.load_s < answer.elapsed_s and 0 < answer.value < answer.elapsed_s
+        # Python with numpy takes more than ten megabytes; it reserves more than it uses.
+        assert 10e6 < answer.peak_bytes < answer.address_bytes
+    assert watched[1:3] == watched[4:6] == ["open", "closed"] and watched[0] != watched[3]
+    with pytest.raises(Absent, match="AttributeError: .*'nonsense'"):
+        fleet.ask(OURS, {"what": "nonsense"})
+    fleet.close()
