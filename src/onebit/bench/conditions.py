@@ -76,7 +76,7 @@ def look(
         found.warnings.append(f"{threads} threads share {cpus} CPUs: they wait for each other")
     share = background(root)
     if share is not None and share > LIMIT:
-        found.warnings.append(f"other programs used {share:.0%} of the processors before the start")
+        found.warnings.append(f"other programs used {min(share, 1):.0%} of the processors before the start")
     return found
 
 

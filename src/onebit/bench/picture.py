@@ -3,6 +3,7 @@
 The background is transparent and the greys stand out against white and black, so that it can be read in both.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,19 @@ from matplotlib.axes import Axes
 TEXT, GRID = "#7a828e", "#7a828e40"
 OURS, LIMIT = "#2f81f7", "#e5534b"
 COLOURS = (OURS, "#9a8c7c", "#57ab5a", "#c69026", "#b083f0", "#768390")
+
+
+def check(path: Path) -> None:
+    """Say before a long run that no picture can be written there.
+
+    Raises:
+        ValueError: another suffix, or a folder that is missing or read-only.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--picture is {path}; expected a name that ends in .png")
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--picture {path}: nothing can be written to the folder {folder}")
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -33,7 +47,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         model = data["model"]
         threads = data["conditions"]["threads"]
         figure.suptitle(
-            f"{model['name']}, {model['label']}, on {data['machine']['cpu']}, "
+            f"{Path(model['name']).name}, {model['label']}, on {data['machine']['cpu']}, "
             f"{threads} thread{'' if threads == 1 else 's'}{quotable}",
             color=TEXT,
             fontsize=11,
@@ -64,7 +78,7 @@ def _roofline(axis: Axes, data: dict[str, Any]) -> None:
                 ),
                 n_bytes,
             )
-            words = f"{batch} texts" if batch > 1 else f"after {context:,}" if context else "text"
+            words = f"{batch} texts" if batch > 1 else f"text after {context:,}" if context else "text"
             points.append((batch / own, row["value"], words))
         elif row["name"] == "prefill":
             points.append(
@@ -88,7 +102,7 @@ def _roofline(axis: Axes, data: dict[str, Any]) -> None:
     axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(ys) / 2, best * 4))
     axis.axhline(best, color=TEXT, linestyle=":", linewidth=1)
     axis.annotate(
-        f"most that was reached, {best / 1e9:,.0f} G/s", (right, best), (-4, 4), textcoords="offset points",
+        f"most that was reached, {best / 1e9:,.0f} Gop/s", (right, best), (-4, 4), textcoords="offset points",
         fontsize=8, ha="right",
     )  # fmt: skip
     axis.scatter(xs, ys, color=OURS, zorder=3)

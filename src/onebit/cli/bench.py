@@ -1,7 +1,6 @@
 """`onebit bench`: how fast a model is, beside what the machine allows and other engines."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _WORDS = {
     "cold_start": "cold start", "load": "load", "ttft": "first token", "inter_token": "token to token",
     "decode": "text", "prefill": "prompt", "resident": "memory, resident", "token_bytes": "bytes per token",
-    "bandwidth_share": "share of memory read", "energy_per_token": "energy per token",
+    "bandwidth_share": "of memory read", "energy_per_token": "energy per token",
     "cache_misses_per_token": "cache misses per token",
 }  # fmt: skip
 
@@ -88,7 +87,7 @@ def bench(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw roofline and latencies (.png; extra bench).", show_default=False),
+        typer.Option(help="Draw roofline and latencies (.png; extra report).", show_default=False),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as one line of JSON, the table to stderr.")
@@ -123,7 +122,9 @@ def bench(
     limit = None if memory_limit is None else parse_bytes("--memory-limit", memory_limit)
     pinned = None if pin is None else conditions.parse_cpus(pin, threads)
     if picture is not None:
-        _check_picture(picture)
+        from onebit.bench.picture import check, draw
+
+        check(picture)
     path = SHIPPED_MODEL if model is None else ready(model)
     checkpoint = quantize(formats.read(path))
     context = checkpoint.config.max_seq_len
@@ -159,20 +160,9 @@ def bench(
     for part in _report(session, results.data):
         console.print(part)
     if picture is not None:
-        from onebit.bench.picture import draw
-
         draw(results.data, picture)
     if as_json:
         print(json.dumps(results.data))
-
-
-def _check_picture(path: Path) -> None:
-    import matplotlib  # noqa: F401, said before anything is measured
-
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--picture is {path}; expected a name that ends in .png")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"--picture {path}: nothing can be written to the folder {path.absolute().parent}")
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:
@@ -218,7 +208,8 @@ def _table(session: "Session") -> "Table":
     from onebit.cli.info import new_table
 
     heads = [f"{name}\n{facts['label'] or 'label not known'}" for name, facts in session.engines.items()]
-    table = new_table("median of all rounds", *heads)
+    table = new_table("", *heads)
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     rows: dict[tuple[str, str], dict[str, Key]] = {}
@@ -236,17 +227,16 @@ def _table(session: "Session") -> "Table":
             continue
         cells = {engine: _number(f["value"], f["unit"]) + _spread(f) for engine, f in found.items()}
         cells |= {e: f"{cells[e]}\n{f['ratio']['value']:.3g}x" for e, f in found.items() if "ratio" in f}
-        title = _WORDS[name] + (f", {words}" if words else "")
-        table.add_row(title, *(cells.get(engine, "") for engine in session.engines))
+        table.add_row(_WORDS[name] + words, *(cells.get(engine, "") for engine in session.engines))
         for p in (95, 99):
             tails = {e: _number(f[f"p{p}"], f["unit"]) for e, f in found.items() if f"p{p}" in f}
             if tails:
-                table.add_row(f"  {p} of 100 are faster than", *(tails.get(e, "") for e in session.engines))
-    lines = [f"{_count(session.plan.rounds, 'round')}, all engines in turn"]
+                table.add_row(f"  {p} % within", *(tails.get(e, "") for e in session.engines))
+    lines = [f"median of {_count(session.plan.rounds, 'round')}, in turn"]
     if session.plan.rounds > 1:
-        lines.append("±: half of least to most")
+        lines.append("± half of least to most")
     if len(session.engines) > 1:
-        lines.append("x: how many times as good onebit is, the median of the rounds' ratios")
+        lines.append("3x: onebit is three times as good")
     table.caption = "; ".join(lines)
     return table
 
@@ -257,12 +247,12 @@ def _settings(key: "Key") -> str:
     match key.name:
         case "decode" | "token_bytes" | "bandwidth_share":
             if options["batch"] > 1:
-                return f"{options['batch']} at once"
-            return f"after {options['context']:,} tokens" if options["context"] else "short context"
+                return f", {options['batch']} at once"
+            return f" after {options['context']:,}" if options["context"] else ""
         case "prefill":
-            return f"{options['tokens']:,} tokens"
+            return f" of {options['tokens']:,}"
         case "ttft":
-            return f"prompt of {options['prompt']:,}"
+            return f" after {options['prompt']:,}"
     return ""
 
 

@@ -38,6 +38,7 @@ class HuggingFace:
         names = inspect.signature(self._model.forward).parameters
         self._past = "cache" if "cache" in names else "past_key_values"
         self._cache: Any = None
+        self._n = 0
         self.vocab_size = int(self._model.config.vocab_size)
         linear = next(m for n, m in self._model.named_modules() if n.endswith("mlp.up_proj"))
         self.info = {
@@ -45,6 +46,10 @@ class HuggingFace:
             "settings": f"{type(self._model).__name__}, {type(linear).__name__}, {dtype}, eager, default attention",
             "kv_cache": dtype,
         }
+        if type(linear) is torch.nn.Linear:
+            # Whatever the numbers stand for, they are computed with as they are.
+            bits = torch.finfo(getattr(torch, dtype)).bits
+            self.info["label"] = f"W{bits}A{bits}KV{bits}"
 
     def use(self, threads: int) -> None:
         """Compute on so many threads from now on."""
@@ -59,6 +64,7 @@ class HuggingFace:
         """Append tokens to each text; returns the likeliest next one of each."""
         out = self._model(torch.tensor(tokens), use_cache=True, logits_to_keep=1, **{self._past: self._cache})
         self._cache = out.past_key_values
+        self._n += len(tokens[0])
         best: list[int] = out.logits[:, -1].argmax(-1).tolist()
         return best
 
@@ -66,5 +72,7 @@ class HuggingFace:
         """Keep only the first n tokens of each text."""
         if n == 0:
             self._cache = None
-        else:
-            self._cache.crop(n)
+        elif n < self._n:
+            # Negative: how many to remove.
+            self._cache.crop(n - self._n)
+        self._n = n

@@ -12,7 +12,7 @@ class Memory:
     """Reads an array over and over with numpy, one thread for each part, and does next to nothing with it.
 
     A bitwise or over int64 is compiled for the widest vectors and lets other threads run meanwhile. Beside the best of
-    four hand-written loops in C (benchmarks/limits.c) it read 0.96 to 1.03 times as fast.
+    four hand-written loops in C (benchmarks/limits.c) it read 0.96 to 1.00 times as fast on a Zen 4.
 
     Args:
         n_bytes: of the array: those that a step of the model reads, so that a cache of the processor helps this limit
