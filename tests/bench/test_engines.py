@@ -82,6 +82,20 @@ def test_the_same_text_from_every_engine(name, model):
         assert 1 < rate < 1e9
 
 
+def test_a_packed_model_in_transformers(tmp_path):
+    """Its layers unpack and round; numbers beside them keep the width that they have in the file."""
+    from onebit.bench.engines.hugging import HuggingFace
+
+    checkpoint = quantize(tiny.master(tiny.BITNET))
+    formats.write(checkpoint, tmp_path / "packed", "packed")
+    engine = HuggingFace(str(tmp_path / "packed"), 1, "auto")
+    assert "AutoBitLinear, float32" in engine.info["settings"] and "label" not in engine.info
+    text = continue_text(engine, PROMPT, 4, batch=2)
+    engine.rewind(len(PROMPT))
+    assert engine.read([[t[0]] for t in text]) == [t[1] for t in text]
+    assert 1 < measures.decode(engine, 1, 0, context=4) < 1e9
+
+
 @pytest.mark.parametrize("with_past", [True, False])
 def test_graphs_of_onnx(with_past, tmp_path):
     from onebit.bench.engines.onnx import Onnx

@@ -46,6 +46,7 @@ class Peer:
         engine: its class, for `onebit.bench.worker`.
         export: writes a model as this engine takes it into a folder, and returns its place; ValueError: it cannot.
         is_large: whether its libraries are.
+        options: further arguments of its class.
     """
 
     packages: tuple[str, ...]
@@ -53,6 +54,7 @@ class Peer:
     engine: str
     export: Callable[[Checkpoint, Path], Path]
     is_large: bool = False
+    options: tuple[tuple[str, str], ...] = ()
 
 
 def parse(text: str) -> tuple[str, Path | None]:
@@ -98,6 +100,7 @@ def prepare(name: str, file: Path | None, model: Checkpoint, folder: Path, threa
     n_weights = sum(math.prod(shape) for shape in model.config.tensor_shapes().values())
     need = max(2 * size, 5 * n_weights // 2) + LARGE if peer.is_large else 2 * size + SMALL
     arguments: dict[str, Any] = {"engine": peer.engine, "path": str(path), "threads": threads}
+    arguments |= dict(peer.options)
     # Some compile their functions at first use, for one length and then for all.
     return Measured(Engine(arguments, need, warm_up=2 if peer.is_large else 1), label(path), size)
 
@@ -154,6 +157,7 @@ PEERS = {
         "onebit.bench.engines.hugging:HuggingFace",
         _folder("usual"),
         is_large=True,
+        options=(("dtype", "auto"),),
     ),
     "torch": Peer(
         ("torch", "transformers"),

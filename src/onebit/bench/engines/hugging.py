@@ -16,7 +16,7 @@ class HuggingFace:
     Args:
         path: the folder of a model, or a config.json for random bfloat16 weights.
         threads: of the loading.
-        dtype: of all that is not packed.
+        dtype: of all that is not packed; "auto": as it is in the folder.
     """
 
     def __init__(self, path: str, threads: int, dtype: str = "bfloat16") -> None:
@@ -28,7 +28,7 @@ class HuggingFace:
         started = time.perf_counter()
         if Path(path).is_dir():
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), local_files_only=True
+                path, dtype=dtype, local_files_only=True
             ).eval()
         else:
             config = transformers.LlamaConfig(**json.loads(Path(path).read_text()))
@@ -40,6 +40,7 @@ class HuggingFace:
         self._cache: Any = None
         self._n = 0
         self.vocab_size = int(self._model.config.vocab_size)
+        dtype = str(self._model.dtype).removeprefix("torch.")
         linear = next(m for n, m in self._model.named_modules() if n.endswith("mlp.up_proj"))
         self.info = {
             "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
