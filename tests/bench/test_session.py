@@ -144,7 +144,7 @@ def test_a_whole_run_and_its_file(path, tmp_path):
         "onebit a4": "W1.58A4KV16",
     }
     assert data["engines"]["onebit"]["file_bytes"] == path.stat().st_size
-    assert "share of memory read" in data["missing"]
+    assert "memory bandwidth used" in data["missing"]
     found = {
         (r["name"], r["engine"], r["settings"].get("context"), r["settings"].get("batch"))
         for r in data["results"]

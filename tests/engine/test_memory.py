@@ -1,5 +1,7 @@
 """Exact: memory limits as the system states them, and what `onebit info` concludes."""
 
+import mmap
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,16 @@ CASES = {
 def test_the_narrowest_limit_counts(tmp_path, name):
     files, expected = CASES[name]
     assert available_bytes(system(tmp_path, {"proc/meminfo": MEMINFO} | files)) == expected
+
+
+def test_a_limit_of_address_space_counts(tmp_path, monkeypatch):
+    """As `ulimit -v` and `onebit bench --memory-limit` set it; statm counts pages."""
+    resource = pytest.importorskip("resource")
+    root = system(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/statm": "1000 5 5 5 0 5 0\n"})
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**30, 2**30))
+    assert available_bytes(root) == 2**30 - 1000 * mmap.PAGESIZE
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2000, 2000))
+    assert available_bytes(root) == 0
 
 
 def test_a_system_without_proc_tells_something_or_nothing(tmp_path):

@@ -377,7 +377,7 @@ class Session:
         """Bytes that a step reads, and which share of the memory's bandwidth that is, round by round."""
         config = self.model.config
         if self.token_bytes < LEAST_READ:
-            self.missing["share of memory read"] = (
+            self.missing["memory bandwidth used"] = (
                 f"a token reads {self.token_bytes:,} bytes, which lie in the caches"
             )
         read = self.series.get(self._key("bandwidth", MACHINE, {}), Series())

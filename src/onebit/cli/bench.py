@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _WORDS = {
     "cold_start": "cold start", "load": "load", "ttft": "first token", "inter_token": "token to token",
     "decode": "text", "prefill": "prompt", "resident": "memory, resident", "token_bytes": "bytes per token",
-    "bandwidth_share": "of memory read", "energy_per_token": "energy per token",
+    "bandwidth_share": "memory bandwidth used", "energy_per_token": "energy per token",
     "cache_misses_per_token": "cache misses per token",
 }  # fmt: skip
 
