@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 import tiny
 from onebit import formats
 from onebit.bench import conditions, session
+from onebit.bench.counters import Perf, Rapl
 from onebit.bench.figures import Key, Series, figure
+from onebit.bench.fleet import Fleet
 from onebit.bench.foreign import Usage
 from onebit.bench.picture import draw
 from onebit.bench.session import Plan, Session
@@ -172,6 +175,32 @@ def test_a_whole_run_and_its_file(path, tmp_path):
     again = Results(tmp_path / "out.json", model_facts(llm, "tiny", path), BENCH)
     run.save(again)
     assert len(again.data["results"]) == len(data["results"])
+
+
+def test_energy_and_misses_are_those_of_counted_tokens(path, monkeypatch):
+    """Of a machine that takes ten watts, and with an event that every machine has."""
+    run = new_session(path, replace(PLAN, rounds=1, seconds=0.01))
+    rapl, perf = Rapl(), Perf(event="page-faults")
+    rapl.reason = None
+    monkeypatch.setattr(rapl, "joules", lambda: 10 * time.perf_counter())
+    run._rapl, run._perf = rapl, perf
+    turns = list(run._turns())
+    assert [name for name, _ in turns if "counters" in name] == ["onebit, counters"]
+    fleet = Fleet(run._started)
+    run._start(fleet, lambda what, share: None)
+    for name, measure in run._turns():
+        if "decode" in name or "counters" in name:
+            measure(fleet)
+    fleet.close()
+    found = {key.name: series for key, series in run.series.items()}
+    (joules,) = found["energy_per_token"].values
+    n = run._counted_tokens["onebit"]
+    assert 8 <= n <= tiny.CONFIG.max_seq_len
+    # The clock of the text is part of that of the whole call.
+    assert 0 < joules * n / 10 < 30
+    if perf.reason is None:
+        (faults,) = found["cache_misses_per_token"].values
+        assert faults >= 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit address space")

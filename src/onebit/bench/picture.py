@@ -81,9 +81,9 @@ def _roofline(axis: Axes, data: dict[str, Any]) -> None:
             words = f"{batch} texts" if batch > 1 else f"text after {context:,}" if context else "text"
             points.append((batch / own, row["value"], words))
         elif row["name"] == "prefill":
-            points.append(
-                (min(settings["tokens"], step) / n_bytes, row["value"], f"prompt {settings['tokens']:,}")
-            )
+            tokens, batch = settings["tokens"], settings["batch"]
+            words = f"{batch} prompts of {tokens:,}" if batch > 1 else f"prompt of {tokens:,}"
+            points.append((min(tokens * batch, step) / n_bytes, row["value"], words))
     if not points:
         return
     xs = [n_ops * share for share, _, _ in points]

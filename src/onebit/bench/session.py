@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from onebit.bench import peers
 from onebit.bench.conditions import Conditions
-from onebit.bench.counters import MISSES, Perf, Rapl
+from onebit.bench.counters import Perf, Rapl
 from onebit.bench.figures import Key, Series, figure
 from onebit.bench.fleet import Absent, Answer, Engine, Fleet, Watch
 from onebit.bench.foreign import LIMIT
@@ -270,9 +270,11 @@ class Session:
         for name in self.engines:
             if not (self._rapl.reason and self._perf.reason):
                 yield turn("counters", name, self._measure_counters)
-        for tokens in plan.prompts:
+        several = [(tokens, b) for tokens in plan.prompts[:1] for b in plan.batches if b > 1]
+        for tokens, batch in [*((tokens, 1) for tokens in plan.prompts), *several]:
+            options = {"tokens": tokens, "batch": batch}
             for name in self.engines:
-                yield turn("prefill", name, self._measure, "prefill", "prefill", {"tokens": tokens})
+                yield turn("prefill", name, self._measure, "prefill", "prefill", options)
 
     def _measure(self, fleet: Fleet, engine: str, name: str, what: str, options: dict[str, Any]) -> None:
         """One value of one figure, which is what the engine answers."""
@@ -325,8 +327,8 @@ class Session:
         def misses(pid: int) -> Iterator[None]:
             with self._perf.watch(pid) as counted:
                 yield
-            if MISSES in counted:
-                found["cache_misses_per_token"] = counted[MISSES]
+            for count in counted.values():
+                found["cache_misses_per_token"] = count
 
         for watch, reason in ((joules, self._rapl.reason), (misses, self._perf.reason)):
             if reason is not None:

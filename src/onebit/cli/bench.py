@@ -250,7 +250,8 @@ def _settings(key: "Key") -> str:
                 return f", {options['batch']} at once"
             return f" after {options['context']:,}" if options["context"] else ""
         case "prefill":
-            return f" of {options['tokens']:,}"
+            several = f", {options['batch']} at once" if options["batch"] > 1 else ""
+            return f" of {options['tokens']:,}{several}"
         case "ttft":
             return f" after {options['prompt']:,}"
     return ""
