@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from onebit.bench import conditions
+from onebit.bench import clock, conditions
 
 
 @pytest.fixture
@@ -18,8 +18,14 @@ def root(tmp_path):
 
 
 def test_governors(root, tmp_path):
-    assert conditions.governor(root) == "performance, powersave"
-    assert conditions.governor(tmp_path / "nowhere") is None
+    assert clock.governors(root) == {"performance": 1, "powersave": 1}
+    assert clock.governors(tmp_path / "nowhere") == {} and not clock.is_clock_chosen_by_cpu(root)
+
+
+def test_a_cpu_that_chooses_its_clock_is_not_slowed_by_powersave(root):
+    (root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver").write_text("intel_pstate\n")
+    found = conditions.look(1, [0, 1], root=root)
+    assert found.governor == "performance, powersave" and found.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -34,9 +40,9 @@ def test_governors(root, tmp_path):
 def test_turbo(root, file, text, expected):
     path = root / "sys/devices/system/cpu" / file
     path.parent.mkdir(exist_ok=True)
-    assert conditions.turbo(root) is None
+    assert clock.turbo(root) is None
     path.write_text(text + "\n")
-    assert conditions.turbo(root) is expected
+    assert clock.turbo(root) is expected
 
 
 def test_what_may_disturb_is_warned_of(root):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from onebit.bench import clock
 from onebit.doctor import machine, system
 from onebit.doctor.system import Neighbours, neighbours, ticks
 from onebit.engine.model import available_isas
@@ -37,20 +38,20 @@ def test_what_linux_tells(tmp_path):
         },
     )
     assert system.cpu_flags(root) == {"fpu", "avx2"}
-    assert system.governors(root) == {"powersave": 1, "performance": 1}
-    assert system.is_clock_chosen_by_cpu(root)
-    assert system.turbo(root) is False
+    assert clock.governors(root) == {"powersave": 1, "performance": 1}
+    assert clock.is_clock_chosen_by_cpu(root)
+    assert clock.turbo(root) is False
     assert system.huge_pages(root) == "never"
     assert system.memory_nodes(root) == 2
 
 
 def test_what_linux_does_not_tell(tmp_path):
-    assert (system.cpu_flags(tmp_path), system.governors(tmp_path)) == (set(), {})
-    assert system.turbo(tmp_path) is system.huge_pages(tmp_path) is system.ticks(tmp_path) is None
+    assert (system.cpu_flags(tmp_path), clock.governors(tmp_path)) == (set(), {})
+    assert clock.turbo(tmp_path) is system.huge_pages(tmp_path) is system.ticks(tmp_path) is None
     assert system.cpu_quota(tmp_path) is None and system.throttled(tmp_path) == (0, 0)
     (tmp_path / CPU / "cpufreq").mkdir(parents=True)
     (tmp_path / CPU / "cpufreq/boost").write_text("1\n")
-    assert system.turbo(tmp_path) is True
+    assert clock.turbo(tmp_path) is True
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onebit.bench import clock
 from onebit.bench.foreign import LIMIT, Meter, usage
 
 # How long others are watched before the start.
@@ -58,14 +59,15 @@ def look(
         root: folder that holds proc/ and sys/, of Linux.
     """
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else []
-    found = Conditions(governor(root), turbo(root), load, pinned, threads, memory_limit)
+    governor = ", ".join(sorted(clock.governors(root))) or None
+    found = Conditions(governor, clock.turbo(root), load, pinned, threads, memory_limit)
     if not check:
         return found
     if found.governor is None:
         found.warnings.append(
             "the system shows no governor (a virtual machine?): its clock may change unseen"
         )
-    elif found.governor != "performance":
+    elif found.governor != "performance" and not clock.is_clock_chosen_by_cpu(root):
         found.warnings.append(
             f"the governor is {found.governor}: clocks rise late; as root: cpupower frequency-set -g performance"
         )
@@ -78,23 +80,6 @@ def look(
     if share is not None and share > LIMIT:
         found.warnings.append(f"other programs used {min(share, 1):.0%} of the processors before the start")
     return found
-
-
-def governor(root: Path = Path("/")) -> str | None:
-    """Who sets the clock of the CPUs; all names if they differ, None where the system does not tell."""
-    files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
-    names = sorted({name for file in files if (name := _text(file))})
-    return ", ".join(names) or None
-
-
-def turbo(root: Path = Path("/")) -> bool | None:
-    """Whether clocks above the nominal one are allowed; None where the system does not tell."""
-    cpu = root / "sys/devices/system/cpu"
-    if no_turbo := _text(cpu / "intel_pstate/no_turbo"):
-        return no_turbo == "0"
-    if boost := _text(cpu / "cpufreq/boost"):
-        return boost == "1"
-    return None
 
 
 def background(root: Path = Path("/"), seconds: float = PROBE_S) -> float | None:
@@ -119,7 +104,7 @@ def parse_cpus(text: str, threads: int) -> list[int]:
         cores: dict[str, int] = {}
         for cpu in sorted(usable):
             topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            cores.setdefault(_text(topology) or str(cpu), cpu)
+            cores.setdefault(clock.read(topology) or str(cpu), cpu)
         return sorted([*cores.values(), *sorted(usable - set(cores.values()))][:threads])
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise ValueError(f"--pin is {text!r}; expected auto, or CPUs as in 0,2-3")
@@ -136,10 +121,3 @@ def parse_cpus(text: str, threads: int) -> list[int]:
 
 def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None

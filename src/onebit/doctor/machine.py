@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onebit.bench import clock
 from onebit.doctor import system
 from onebit.doctor.finding import Finding, Severity, listed
 from onebit.doctor.system import Neighbours
@@ -60,8 +61,8 @@ def examine(root: Path = Path("/"), token_bytes: int | None = None, seconds: flo
         throttling(*system.throttled(root)),
         memory_limit(system.memory_limit(root), available_bytes(root)),
         neighbours(seen, os.cpu_count() or 1),
-        governor(dict(system.governors(root)), system.is_clock_chosen_by_cpu(root)),
-        turbo(system.turbo(root)),
+        governor(dict(clock.governors(root)), clock.is_clock_chosen_by_cpu(root)),
+        turbo(clock.turbo(root)),
         huge_pages(system.huge_pages(root), free_huge_bytes(root), token_bytes),
         memory_nodes(system.memory_nodes(root)),
         unseen(_unseen(root)),
@@ -356,8 +357,8 @@ def unseen(names: list[str]) -> Finding | None:
 def _unseen(root: Path) -> list[str]:
     answers: dict[str, object] = {
         "the CPU's features": system.cpu_flags(root),
-        "the policy of the clock": system.governors(root),
-        "turbo": system.turbo(root) is not None,
+        "the policy of the clock": clock.governors(root),
+        "turbo": clock.turbo(root) is not None,
         "neighbours": system.ticks(root),
         "huge pages": system.huge_pages(root),
         "limits of containers": system.read(root, "proc/self/cgroup") is not None,

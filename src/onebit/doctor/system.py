@@ -1,17 +1,15 @@
-"""What Linux tells of a machine, in files below a root: clocks, huge pages, limits of containers, who else computes.
+"""What Linux tells of a machine, in files below a root: huge pages, limits of containers, who else computes.
 
-    governors(Path("/")), cpu_quota(Path("/")), ticks(Path("/"))
+    huge_pages(Path("/")), cpu_quota(Path("/")), ticks(Path("/"))
 
 Everything is None, or empty, where the system does not tell: another system, a virtual machine, a container.
 """
 
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from onebit.engine.memory import cgroups
 
-_CPUS = "sys/devices/system/cpu"
 # Of control groups of version 2 and of version 1.
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
@@ -31,26 +29,6 @@ def cpu_flags(root: Path) -> set[str]:
         if name.strip() in ("flags", "Features"):
             return set(value.split())
     return set()
-
-
-def governors(root: Path) -> Counter[str]:
-    """How many CPUs each policy of the clock governs, as in {"schedutil": 8}."""
-    files = sorted((root / _CPUS).glob("cpu[0-9]*/cpufreq/scaling_governor"))
-    return Counter(name for file in files if (name := read(root, str(file.relative_to(root)))))
-
-
-def is_clock_chosen_by_cpu(root: Path) -> bool:
-    """Whether the driver leaves the clock to the CPU: "powersave" is then its usual policy, and no brake."""
-    driver = read(root, f"{_CPUS}/cpu0/cpufreq/scaling_driver")
-    return driver in ("intel_pstate", "amd-pstate-epp")
-
-
-def turbo(root: Path) -> bool | None:
-    """Whether clocks above the nominal one are allowed."""
-    if (off := read(root, f"{_CPUS}/intel_pstate/no_turbo")) is not None:
-        return off == "0"
-    boost = read(root, f"{_CPUS}/cpufreq/boost")
-    return None if boost is None else boost == "1"
 
 
 def huge_pages(root: Path) -> str | None:
