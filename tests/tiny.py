@@ -198,7 +198,7 @@ class FakeModel:
         return SimpleNamespace(tokens=np.full((n_blocks, self.block_tokens), -1))
 
     def forward(
-        self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out, adapters
+        self, tokens, positions, seq_starts, block_tables, rows, cache, top_k, out, adapters, code_counts=None
     ) -> np.ndarray:
         self.n_tokens.append(len(tokens))
         out[:] = 0

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -78,6 +80,10 @@ void check_sequences(const onebit::Batch& batch, int n_blocks) {
   }
 }
 
+// int64 [n_layers, kLayerInputs, 2] to add to.
+using Counts = nb::ndarray<std::int64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+static_assert(sizeof(onebit::CodeCounts) == 2 * sizeof(std::int64_t));
+
 // float32 [n_rows, width] to write to.
 using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -113,7 +119,7 @@ void run(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle s
   require(
       cache.n_layers() == config.n_layers && cache.n_kv_heads() == config.n_kv_heads && cache.d_head() == config.d_head,
       "cache: made for a model of another shape");
-  const onebit::Batch batch{
+  onebit::Batch batch{
       .tokens = tokens_T.data,
       .positions = positions_T.data,
       .seq_starts = starts_S.data,
@@ -136,13 +142,20 @@ void check_room(const Rows& out, const char* name, int n_rows, int width) {
 }
 
 void forward(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts, nb::handle block_tables,
-             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Rows logits, nb::handle adapters) {
-  run(self, tokens, positions, seq_starts, block_tables, rows, &top_k, cache, adapters,
-      [&](const onebit::Batch& batch) {
-        check_room(logits, "logits", batch.n_rows, self.model->config().vocab_size);
-        nb::gil_scoped_release release;
-        self.model->forward(batch, cache, logits.data());
-      });
+             nb::handle rows, nb::handle top_k, onebit::KvCache& cache, Rows logits, nb::handle adapters,
+             std::optional<Counts> code_counts) {
+  run(self, tokens, positions, seq_starts, block_tables, rows, &top_k, cache, adapters, [&](onebit::Batch& batch) {
+    check_room(logits, "logits", batch.n_rows, self.model->config().vocab_size);
+    if (code_counts) {
+      const auto n_layers = static_cast<std::size_t>(self.model->config().n_layers);
+      require(code_counts->shape(0) == n_layers && code_counts->shape(1) == onebit::kLayerInputs &&
+                  code_counts->shape(2) == 2,
+              "code_counts: expected ", shape_text({self.model->config().n_layers, onebit::kLayerInputs, 2}));
+      batch.code_counts = reinterpret_cast<onebit::CodeCounts*>(code_counts->data());
+    }
+    nb::gil_scoped_release release;
+    self.model->forward(batch, cache, logits.data());
+  });
 }
 
 void forward_hidden(OwnedModel& self, nb::handle tokens, nb::handle positions, nb::handle seq_starts,
@@ -154,6 +167,19 @@ void forward_hidden(OwnedModel& self, nb::handle tokens, nb::handle positions, n
         nb::gil_scoped_release release;
         self.model->forward_hidden(batch, cache, hidden.data());
       });
+}
+
+using Numbers = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+void read_block(const onebit::KvCache& self, std::int64_t layer, std::int64_t block, Numbers out) {
+  require(layer >= 0 && layer < self.n_layers(), "layer is ", layer, "; expected 0 to ", self.n_layers() - 1);
+  require(block >= 0 && block < self.n_blocks(), "block is ", block, "; expected 0 to ", self.n_blocks() - 1);
+  const std::int64_t shape[] = {2, self.n_kv_heads(), onebit::kBlockTokens, self.d_head()};
+  for (std::size_t i = 0; i < 4; ++i) {
+    require(static_cast<std::int64_t>(out.shape(i)) == shape[i], "out: expected ",
+            shape_text({shape[0], shape[1], shape[2], shape[3]}));
+  }
+  self.read(static_cast<int>(layer), static_cast<int>(block), out.data());
 }
 
 void check_logits(const float* logits, std::int64_t n) {
@@ -292,7 +318,10 @@ NB_MODULE(_core, m) {
 
   nb::class_<onebit::KvCache>(m, "KvCache", "Keys and values in blocks of BLOCK_TOKENS positions.")
       .def_prop_ro("n_blocks", &onebit::KvCache::n_blocks, "Blocks in the cache.")
-      .def_prop_ro("bytes", &onebit::KvCache::bytes, "Memory of all blocks.");
+      .def_prop_ro("bytes", &onebit::KvCache::bytes, "Memory of all blocks.")
+      .def("read_block", &read_block, "layer"_a, "block"_a, "out"_a.noconvert(),
+           nb::sig("def read_block(self, layer: int, block: int, out: numpy.typing.NDArray[numpy.float32]) -> None"),
+           "Writes keys and values of a block, [2, kv heads, BLOCK_TOKENS, d_head]; no forward pass may write them.");
 
   nb::class_<OwnedModel>(m, "Model", "A transformer that borrows its weights.")
       .def(
@@ -318,13 +347,14 @@ NB_MODULE(_core, m) {
           "n_blocks"_a, "kv_cache"_a,
           "A cache of n_blocks blocks for this model, all zeros; kv_cache: bf16, int8 or fp8.")
       .def("forward", &forward, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a, "top_k"_a,
-           "cache"_a, "logits"_a.noconvert(), "adapters"_a,
+           "cache"_a, "logits"_a.noconvert(), "adapters"_a, "code_counts"_a.noconvert().none() = nb::none(),
            nb::sig("def forward(self, tokens: numpy.typing.NDArray[numpy.int32], positions: "
                    "numpy.typing.NDArray[numpy.int32], "
                    "seq_starts: numpy.typing.NDArray[numpy.int32], block_tables: numpy.typing.NDArray[numpy.int32], "
                    "rows: numpy.typing.NDArray[numpy.int32], top_k: numpy.typing.NDArray[numpy.int32], "
                    "cache: KvCache, logits: numpy.typing.NDArray[numpy.float32], "
-                   "adapters: numpy.typing.NDArray[numpy.int32]) -> None"),
+                   "adapters: numpy.typing.NDArray[numpy.int32], "
+                   "code_counts: numpy.typing.NDArray[numpy.int64] | None = None) -> None"),
            "Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward.")
       .def("forward_hidden", &forward_hidden, "tokens"_a, "positions"_a, "seq_starts"_a, "block_tables"_a, "rows"_a,
            "cache"_a, "hidden"_a.noconvert(), "adapters"_a,

@@ -1,5 +1,8 @@
 #include "onebit/kv_cache.h"
 
+#include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -23,6 +26,15 @@ std::size_t number_bytes(KvFormat format) { return format == KvFormat::kBf16 ? 2
 std::size_t side_bytes(KvFormat format, int d_head) {
   const int width = format == KvFormat::kInt8 ? pad_inputs(d_head) : d_head;
   return static_cast<std::size_t>(kBlockTokens) * static_cast<std::size_t>(width) * number_bytes(format);
+}
+
+float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+
+float from_fp8(std::uint8_t bits) {
+  const int exponent = bits >> 3 & 15;
+  const int mantissa = (bits & 7) + (exponent > 0 ? 8 : 0);
+  const float value = std::ldexp(static_cast<float>(mantissa), std::max(exponent, 1) - 10);
+  return bits & 0x80 ? -value : value;
 }
 
 // The codes of one row of a Q8 tile, 4 to a unit.
@@ -78,6 +90,28 @@ void KvCache::store(const Kernels& kernels, int layer, int block, int kv_head, i
   store_key(codes, width, slot, keys);
   kernels.quantize_a8(value, d_head_, width, codes, scales + kBlockTokens + slot);
   store_value(codes, width, slot, values);
+}
+
+float KvCache::number(int layer, int block, int kv_head, bool is_key, int slot, int i) const noexcept {
+  const std::uint8_t* numbers = is_key ? keys(layer, block, kv_head) : values(layer, block, kv_head);
+  if (format_ == KvFormat::kBf16) return from_bf16(reinterpret_cast<const std::uint16_t*>(numbers)[slot * d_head_ + i]);
+  if (format_ == KvFormat::kFp8) return from_fp8(numbers[slot * d_head_ + i]);
+  // As store_key and store_value put them there.
+  constexpr int kRows = tile_rows(Encoding::kQ8);
+  const int key_at = slot / kRows * kRows * pad_inputs(d_head_) + i / 4 * 64 + 4 * (slot % kRows) + i % 4;
+  const int value_at = i / kRows * kRows * kBlockTokens + slot / 4 * 64 + 4 * (i % kRows) + slot % 4;
+  const float* scales = is_key ? key_scales(layer, block, kv_head) : value_scales(layer, block, kv_head);
+  return static_cast<float>(numbers[is_key ? key_at : value_at] - 128) * scales[slot];
+}
+
+void KvCache::read(int layer, int block, float* out) const noexcept {
+  for (const bool is_key : {true, false}) {
+    for (int head = 0; head < n_kv_heads_; ++head) {
+      for (int slot = 0; slot < kBlockTokens; ++slot) {
+        for (int i = 0; i < d_head_; ++i) *out++ = number(layer, block, head, is_key, slot, i);
+      }
+    }
+  }
 }
 
 }  // namespace onebit

@@ -8,6 +8,9 @@
 namespace onebit {
 namespace {
 
+// 127 * 128: the largest code of 15 bits.
+constexpr int kA15Levels = 127 * 128;
+
 constexpr int kUnitInputs = 4;
 constexpr int kUnitBytes = 64;
 // Floats that memory delivers together.
@@ -220,6 +223,43 @@ void QuantizedRows::write(const Kernels& kernels, const float* x, int row) {
       sums.get()[(static_cast<std::size_t>(chunk) * n_planes + plane) * n_rows + row] =
           kernels.sum_codes(row_codes(plane, row) + chunks.begin(chunk), chunks.length(chunk));
     }
+  }
+}
+
+namespace {
+
+template <class Value>
+CodeCounts count_values(int n, int least, int largest, Value value) noexcept {
+  int saturated = 0;
+  int zero = 0;
+  for (int i = 0; i < n; ++i) {
+    saturated += value(i) <= least || value(i) >= largest;
+    zero += value(i) == 0;
+  }
+  return {saturated, zero};
+}
+
+}  // namespace
+
+CodeCounts QuantizedRows::count(int row) const noexcept {
+  constexpr int kNever = 1 << 20;
+  if (activations == Activations::kNone) {
+    const float* x = floats.get() + static_cast<std::size_t>(row) * ld;
+    return count_values(k, -kNever, kNever, [x](int i) { return x[i] != 0.0f; });
+  }
+  const std::int8_t* codes_K = row_codes(0, row);
+  const auto code = [codes_K](int i) { return int{codes_K[i]}; };
+  switch (activations) {
+    case Activations::kA15: {
+      const std::int8_t* lo_K = row_codes(1, row);
+      return count_values(k, -kA15Levels, kA15Levels, [=](int i) { return codes_K[i] * 128 + lo_K[i]; });
+    }
+    case Activations::kA4:
+      return count_values(k, -8, 7, code);
+    case Activations::kA1:
+      return count_values(k, -kNever, kNever, code);
+    default:
+      return count_values(k, -127, 127, code);
   }
 }
 

@@ -2,6 +2,7 @@
 #include "onebit/model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -106,7 +107,7 @@ void Model::run_layers(const Batch& batch, KvCache& cache) {
   for (int layer = 0; layer < config_.n_layers; ++layer) {
     attention(batch, cache, layer);
     for (int first = 0; first < batch.n_tokens; first += kFfnTokens) {
-      feed_forward(layer, first, std::min(batch.n_tokens - first, kFfnTokens));
+      feed_forward(batch, layer, first, std::min(batch.n_tokens - first, kFfnTokens));
     }
   }
 }
@@ -170,6 +171,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       w.codes.write(kernels_, h_D, t);
     }
   });
+  count_codes(batch, layer, LayerInput::kQkv);
   const LinearOutput qkv[] = {{&weights.q, w.q_TNH}, {&weights.k, w.k_TKH}, {&weights.v, w.v_TKH}};
   linear(kernels_, pool_, qkv, w.codes);
   if (config_.qkv_bias) add_biases(weights, batch.n_tokens);
@@ -213,6 +215,7 @@ void Model::attention(const Batch& batch, KvCache& cache, int layer) {
       w.codes.write(kernels_, a_NH, t);
     }
   });
+  count_codes(batch, layer, LayerInput::kO);
   const LinearOutput o[] = {{&weights.o, w.y_TD}};
   linear(kernels_, pool_, o, w.codes);
   const AdaptedOutput adapted_o[] = {{&AdapterLayer::o, w.y_TD, d_model}};
@@ -240,7 +243,7 @@ void Model::norm_heads(const float* gain, int n_heads, float* x) const noexcept 
   }
 }
 
-void Model::feed_forward(int index, int first, int n_tokens) {
+void Model::feed_forward(const Batch& batch, int index, int first, int n_tokens) {
   Workspace& w = *workspace_;
   const LayerWeights& layer = weights_.layers[index];
   const int d_model = config_.d_model;
@@ -255,6 +258,7 @@ void Model::feed_forward(int index, int first, int n_tokens) {
       w.codes.write(kernels_, h_D, t);
     }
   });
+  count_codes(batch, index, LayerInput::kGateUp);
   const LinearOutput gate_up[] = {{&layer.gate, w.gate_TF}, {&layer.up, w.up_TF}};
   linear(kernels_, pool_, gate_up, w.codes);
   const AdaptedOutput adapted_gate_up[] = {{&AdapterLayer::gate, w.gate_TF, d_ff}, {&AdapterLayer::up, w.up_TF, d_ff}};
@@ -274,11 +278,29 @@ void Model::feed_forward(int index, int first, int n_tokens) {
       w.codes.write(kernels_, f_F, static_cast<int>(t));
     }
   });
+  count_codes(batch, index, LayerInput::kDown);
   const LinearOutput down[] = {{&layer.down, w.y_TD}};
   linear(kernels_, pool_, down, w.codes);
   const AdaptedOutput adapted_down[] = {{&AdapterLayer::down, w.y_TD, d_model}};
   adapters_.add(pool_, index, adapted_down, w.codes.floats.get(), w.codes.ld, first, n_tokens);
   add_residual(first, n_tokens);
+}
+
+// Adds what the rows of codes hold. Shares count for themselves, and are added in the end.
+void Model::count_codes(const Batch& batch, int layer, LayerInput input) {
+  if (!batch.code_counts) return;
+  const QuantizedRows& codes = workspace_->codes;
+  CodeCounts& total = batch.code_counts[layer * kLayerInputs + static_cast<int>(input)];
+  pool_.run(codes.n_rows, [&](int, int begin, int end) {
+    CodeCounts own{};
+    for (int row = begin; row < end; ++row) {
+      const CodeCounts counts = codes.count(row);
+      own.saturated += counts.saturated;
+      own.zero += counts.zero;
+    }
+    std::atomic_ref(total.saturated).fetch_add(own.saturated, std::memory_order_relaxed);
+    std::atomic_ref(total.zero).fetch_add(own.zero, std::memory_order_relaxed);
+  });
 }
 
 void Model::norm_rows(const Batch& batch, float* h_RD) {

@@ -64,6 +64,9 @@ class KvCache:
     def bytes(self) -> int:
         """Memory of all blocks."""
 
+    def read_block(self, layer: int, block: int, out: numpy.typing.NDArray[numpy.float32]) -> None:
+        """Writes keys and values of a block, [2, kv heads, BLOCK_TOKENS, d_head]; no forward pass may write them."""
+
 class Model:
     """A transformer that borrows its weights."""
 
@@ -100,6 +103,7 @@ class Model:
         cache: KvCache,
         logits: numpy.typing.NDArray[numpy.float32],
         adapters: numpy.typing.NDArray[numpy.int32],
+        code_counts: numpy.typing.NDArray[numpy.int64] | None = None,
     ) -> None:
         """Writes the logits [R, V] of the tokens in rows; see onebit.engine.model.Model.forward."""
 

@@ -22,7 +22,7 @@ METRIC = re.compile(r"\bonebit_[a-z0-9_]+")
 def figures(server):
     """All that /metrics has after one answer: {name: labels}."""
     body = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 4 * LEAST_TOKENS, "seed": 3}
-    server.service.served[1].runner.engine.entropy_every = 5
+    server.service.served[1].runner.engine.probe_every = 5
     server.post("/v1/completions", body)
     server.wait_for(lambda: server.figure("entropy_nats_count") > 0)
     found = {}

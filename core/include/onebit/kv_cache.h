@@ -44,6 +44,9 @@ class KvCache {
     return key_scales(layer, block, kv_head) + kBlockTokens;
   }
 
+  // Keys and values of a block as attention reads them: float32 [2, n_kv_heads, kBlockTokens, d_head].
+  void read(int layer, int block, float* out) const noexcept;
+
   // Puts a key and a value, float32 [d_head], at position `slot` of a block.
   void store(const Kernels& kernels, int layer, int block, int kv_head, int slot, const float* key,
              const float* value) noexcept;
@@ -52,6 +55,8 @@ class KvCache {
   struct Free {
     void operator()(std::uint8_t* p) const { std::free(p); }
   };
+
+  float number(int layer, int block, int kv_head, bool is_key, int slot, int i) const noexcept;
 
   std::uint8_t* page(int layer, int block, int kv_head) const {
     const std::size_t index = (static_cast<std::size_t>(layer) * n_blocks_ + block) * n_kv_heads_ + kv_head;

@@ -56,6 +56,8 @@ struct QuantizedRows {
   // Makes room for n_rows inputs of the matrix, whose other matrices must have the same K and scale groups.
   void resize(const PackedMatrix& matrix, int n_rows, Activations activations, bool keep_floats = false);
   void write(const Kernels& kernels, const float* x, int row);
+  // Of one row. Floats of dense matrices saturate nowhere.
+  CodeCounts count(int row) const noexcept;
 };
 
 // A T80 matrix as R64, in data: the same weights and scales, a quarter larger.

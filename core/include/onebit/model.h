@@ -95,8 +95,9 @@ class Model {
   void attention(const Batch& batch, KvCache& cache, int layer);
   void add_biases(const LayerWeights& layer, int n_tokens);
   void norm_heads(const float* gain, int n_heads, float* x) const noexcept;
-  void feed_forward(int layer, int first, int n_tokens);
+  void feed_forward(const Batch& batch, int layer, int first, int n_tokens);
   void norm_rows(const Batch& batch, float* h_RD);
+  void count_codes(const Batch& batch, int layer, LayerInput input);
   void add_residual(int first, int n_tokens);
 
   ModelConfig config_;

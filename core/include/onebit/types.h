@@ -61,6 +61,16 @@ struct PackedMatrix {
   const std::uint16_t* bf16 = nullptr;
 };
 
+// What the linear layers of a transformer layer read: q, k and v share an input, and gate and up do.
+enum class LayerInput { kQkv, kO, kGateUp, kDown };
+inline constexpr int kLayerInputs = 4;
+
+// Codes of an input that are the least or the largest of their quantiser (a1 has no others, and none counts), and zeros.
+struct CodeCounts {
+  std::int64_t saturated;
+  std::int64_t zero;
+};
+
 // Sequences one after another, each a run of consecutive positions. Keys and values of its tokens go into the blocks of
 // its table, and everything before them must be there already.
 struct Batch {
@@ -75,6 +85,7 @@ struct Batch {
   int table_width;
   int n_rows;
   const std::int32_t* adapters = nullptr;  // [n_seqs]: which adapter of the model, -1 for none; null: none
+  CodeCounts* code_counts = nullptr;       // [n_layers, kLayerInputs]: what is found is added; null: nobody looks
 };
 
 // Positions in one KV block; blocks in one split of the keys, the part of attention that is computed on its own. Both

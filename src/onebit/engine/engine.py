@@ -18,7 +18,7 @@ import numpy as np
 from onebit.config import ModelConfig
 from onebit.engine.blocks import ROOT, BlockPool
 from onebit.engine.logits import change, entropy, token_logprobs
-from onebit.engine.model import BLOCK_TOKENS, Float32, Int32, Model, sample
+from onebit.engine.model import BLOCK_TOKENS, LAYER_INPUTS, Float32, Int32, Int64, Model, sample
 from onebit.engine.sampling import SamplingParams, TokenLogprobs, random_seed
 from onebit.engine.scheduler import Batch, Request, Scheduler, Slice
 from onebit.engine.speculation import Lookup, Speculation
@@ -54,7 +54,7 @@ class Generation(Request):
         logprobs: of every token generated, if params ask for them.
         prompt_logprobs: of the tokens of the prompt, as far as it is read, if params ask for them; None for the first,
             which follows nothing.
-        entropies: of the distributions that some of its tokens were drawn from; see `Engine.entropy_every`.
+        entropies: of the distributions that some of its tokens were drawn from; see `Engine.probe_every`.
         drafted: guesses that were computed, and of these accepted: those that were right.
         started_s: when the request was made, on the monotonic clock; likewise first_token_s and last_token_s.
     """
@@ -161,8 +161,9 @@ class Engine:
         ValueError: n_blocks, max_step_tokens or max_num_seqs below 1.
     """
 
-    # One step in so many tells one of its texts the entropy of its distribution, each in turn; 0: none does.
-    entropy_every = 0
+    # One step in so many is probed: it counts codes, and tells one of its texts, each in turn, the entropy of its
+    # distribution; 0: none is. The tokens are the same.
+    probe_every = 0
 
     def __init__(
         self,
@@ -188,7 +189,11 @@ class Engine:
             self.pool, max_step_tokens, min(max_step_tokens, MAX_PROMPT_ROWS), max_num_seqs, prefix_cache
         )
         self._n_steps = self._n_step_tokens = self._next_draft = 0
+        self._is_probed = False
         self._probed: Generation | None = None
+        # Of all probed steps, int64 [layers, LAYER_INPUTS, 3]: codes that linear layers read, how many of these were
+        # the least or the largest, and how many zero; see `Model.forward`.
+        self.code_counts: Int64 = np.zeros((model.config.n_layers, len(LAYER_INPUTS), 3), np.int64)
         # What a step hands to the core; filled anew for each.
         self._numbers = np.arange(max(model.config.max_seq_len, max_step_tokens), dtype=np.int32)
         self._tokens = np.empty(max_step_tokens, np.int32)
@@ -251,6 +256,11 @@ class Engine:
             self._scheduler.remove(request)
 
     @property
+    def n_layers(self) -> int:
+        """Layers of the model, each with keys and values in the cache."""
+        return self._model.config.n_layers
+
+    @property
     def stats(self) -> EngineStats:
         """Counts of requests, blocks and tokens."""
         scheduler, pool = self._scheduler, self.pool
@@ -267,6 +277,23 @@ class Engine:
             steps=self._n_steps,
             step_tokens=self._n_step_tokens,
         )
+
+    def read_block(self, layer: int, nth: int) -> Float32 | None:
+        """Copy the keys and values of one full block of a text under way.
+
+        Args:
+            layer: which layer's.
+            nth: which block; they are counted over all texts, and then from the start again.
+
+        Returns:
+            float32 [2, kv heads, BLOCK_TOKENS, d_head]: keys, then values; None while no text fills a block.
+        """
+        full = [
+            block
+            for request in self._scheduler.requests
+            for block in request.blocks[: request.n_computed // BLOCK_TOKENS]
+        ]
+        return self._model.read_block(self._cache, layer, full[nth % len(full)]) if full else None
 
     def run(self) -> Iterator[Step]:
         """Step until every request has ended."""
@@ -295,7 +322,8 @@ class Engine:
         if not batch:
             return []
         self._n_steps += 1
-        self._probed = self._choose_probed(batch)
+        self._is_probed = bool(self.probe_every) and self._n_steps % self.probe_every == 0
+        self._probed = self._choose_probed(batch) if self._is_probed else None
         try:
             logits_RV = self._forward(batch)
             steps: list[Step] = []
@@ -332,10 +360,8 @@ class Engine:
                     self._next_draft = self._n_steps + 1
 
     def _choose_probed(self, batch: Batch[Generation]) -> Generation | None:
-        if not self.entropy_every or self._n_steps % self.entropy_every:
-            return None
         drawing = [part.request for part in batch if part.is_last]
-        return drawing[self._n_steps // self.entropy_every % len(drawing)] if drawing else None
+        return drawing[self._n_steps // self.probe_every % len(drawing)] if drawing else None
 
     def _forward(self, batch: Batch[Generation]) -> Float32:
         """Compute a batch; returns the logits of the last `_n_rows` tokens of each part."""
@@ -372,11 +398,12 @@ class Engine:
         # A few steps without guesses suffice to compare with; one with a row of all logits takes longer.
         is_timed = (
             is_decoding
-            and self._probed is None
+            and not self._is_probed
             and (n_tokens > len(batch) or self._n_steps % TIMED_STEPS == 0)
         )
         if len(self._logits) < n_rows:
             self._logits = np.empty((n_rows, self._logits.shape[1]), np.float32)
+        counts = np.zeros((*self.code_counts.shape[:2], 2), np.int64) if self._is_probed else None
         begun_s = time.perf_counter() if is_timed else 0.0
         logits_RV = self._model.forward(
             self._tokens[:n_tokens],
@@ -388,10 +415,18 @@ class Engine:
             self._top_k[:n_rows],
             self._logits[:n_rows],
             self._adapters[: len(batch)],
+            counts,
         )
+        if counts is not None:
+            self._take_counts(counts, n_tokens)
         if self._speculation and is_timed:
             self._speculation.observe(n_tokens, time.perf_counter() - begun_s)
         return logits_RV
+
+    def _take_counts(self, counts: Int64, n_tokens: int) -> None:
+        n_codes = np.broadcast_to(n_tokens * np.array(self._model.input_widths()), counts.shape[:2])
+        # A new array: whoever reads it on another thread has all of a step, or nothing.
+        self.code_counts = self.code_counts + np.dstack([n_codes, counts])
 
     def _make_room(self, n_seqs: int, n_blocks: int) -> None:
         if len(self._tables) < n_seqs or self._tables.shape[1] < n_blocks:

@@ -23,12 +23,16 @@ from onebit.formats.adapter import Adapter
 from onebit.packing import PackedTensor, UInt16, bf16_planes, bf16_rows
 
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 KvCache = _core.KvCache
 
 # Positions in one block of a KvCache, and in one split of the keys of attention.
 BLOCK_TOKENS: int = _core.BLOCK_TOKENS
 SPLIT_TOKENS: int = _core.SPLIT_TOKENS
+
+# What the linear layers of a transformer layer read; gate and up share an input, as q, k and v do.
+LAYER_INPUTS = ("qkv", "o", "gate_up", "down")
 
 MAX_THREADS = 1024
 
@@ -112,6 +116,7 @@ class Model:
         top_k: Int32 | None = None,
         out: Float32 | None = None,
         adapters: Int32 | None = None,
+        code_counts: Int64 | None = None,
     ) -> Float32:
         """Run sequences, one after another in `tokens`, and return the logits of some of their tokens.
 
@@ -131,6 +136,9 @@ class Model:
             out: float32 [R, V], memory for the result; None makes some.
             adapters: int32 [S], which adapter each sequence runs with, -1 for none; None: none. Keys and values in
                 the cache must have been computed with the same one.
+            code_counts: int64 [layers, LAYER_INPUTS, 2], gets two counts added for each input of linear layers: codes
+                of all these tokens that are the least or the largest of their quantiser (+-127 for a8, +-16256 for a15,
+                -8 and 7 for a4; none of a1 and of floats), and zeros. The logits are the same. None: nobody counts.
 
         Returns:
             float32 [R, V], out if it is given.
@@ -141,7 +149,34 @@ class Model:
         top_k = np.zeros(len(rows), np.int32) if top_k is None else top_k
         out = np.empty((len(rows), self.config.vocab_size), np.float32) if out is None else out
         adapters = np.full(len(block_tables), -1, np.int32) if adapters is None else adapters
-        self._core.forward(tokens, positions, seq_starts, block_tables, rows, top_k, cache, out, adapters)
+        self._core.forward(
+            tokens, positions, seq_starts, block_tables, rows, top_k, cache, out, adapters, code_counts
+        )
+        return out
+
+    def input_widths(self) -> list[int]:
+        """Values of one token in each of LAYER_INPUTS."""
+        shapes = self.config.linear_shapes()
+        return [shapes[name][1] for name in ("q", "o", "gate", "down")]
+
+    def read_block(self, cache: KvCache, layer: int, block: int) -> Float32:
+        """Copy the keys and values of a block, as attention reads them.
+
+        No forward pass may write to the cache meanwhile.
+
+        Args:
+            cache: from `new_cache` of this model.
+            layer: which layer's.
+            block: which block; positions of it that were never written are zeros.
+
+        Returns:
+            float32 [2, kv heads, BLOCK_TOKENS, d_head]: keys, then values.
+
+        Raises:
+            ValueError: there is no such layer or block.
+        """
+        out = np.empty((2, self.config.n_kv_heads, BLOCK_TOKENS, self.config.d_head), np.float32)
+        cache.read_block(layer, block, out)
         return out
 
     def forward_hidden(

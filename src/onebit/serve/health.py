@@ -1,9 +1,11 @@
-"""Whether a model is well: does it repeat itself, how sure is it, are its weights still those of its file.
+"""Whether a model is well: does it repeat itself, how sure is it, what do its layers see, are its weights intact.
 
-None of it reads a text. The first two are told of each request that has ended; the third is a thread that hashes the
-weights in memory, a little at a time.
+None of it reads a text. The first two are told of each request that has ended. Of what layers see, the engine counts
+codes, and `CacheLook` reads a block of keys and values now and then. A thread hashes the weights in memory, a little at
+a time.
 
     repetition(generation.generated)        # 0.03
+    kv_entropy(engine.read_block(0, 0))     # (7.4, 7.6)
     check = WeightCheck(checkpoint, on_pass=print)
     check.start()
     check.close()
@@ -17,12 +19,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from onebit.checkpoint import Checkpoint, arrays
+from onebit.engine.engine import Engine
+from onebit.engine.model import Float32
+from onebit.quant import quantize_a8
 
-# One step in so many has a row of all logits, for the entropy.
-ENTROPY_EVERY = 100
+# One step in so many has a row of all logits, for the entropy, and its codes counted.
+PROBE_EVERY = 100
 # Fewer tokens say nothing, and the last ones of a long text say it all.
 LEAST_TOKENS = 16
 MOST_TOKENS = 1024
+# Seconds from a look at the cache to the next, each at one layer.
+LOOK_S = 1.0
 # Hashed at a time: short enough to hold up no step for long.
 PIECE_BYTES = 2**18
 # Rest for each second of hashing: a quarter of a percent of one core.
@@ -43,6 +50,60 @@ def repetition(tokens: Sequence[int]) -> float | None:
     if len(last) < LEAST_TOKENS:
         return None
     return 1 - len(set(zip(last, last[1:], last[2:], strict=False))) / (len(last) - 2)
+
+
+def kv_entropy(block: Float32) -> tuple[float, float]:
+    """Entropy of the codes that an int8 cache holds of these keys, and of these values, in bits.
+
+        H = -sum_c p(c) log2 p(c),    p(c) the share of code c in quantize_a8(x) of all vectors x
+
+    Codes, because they mean the same for all formats of the cache and depend on no scale: what counts is how far the
+    numbers of a vector differ. Vectors of equal numbers have 0 bits, and one number beside which all others vanish
+    leaves nearly none; normally distributed numbers have about 7.5, and 8 is the most. What is no number counts as 0.
+
+    Args:
+        block: float32 [2, kv heads, positions, d_head], keys and values; see `Engine.read_block`.
+    """
+    keys, values = (_code_entropy(vectors) for vectors in block)
+    return keys, values
+
+
+def _code_entropy(vectors: Float32) -> float:
+    with np.errstate(invalid="ignore"):
+        codes = np.nan_to_num(quantize_a8(vectors)[0]).astype(np.int16)
+    counts = np.bincount(codes.ravel() + 128, minlength=256)
+    p = counts[counts > 0] / codes.size
+    return max(float(-(p * np.log2(p)).sum()), 0.0)
+
+
+class CacheLook:
+    """Reads one block of an engine's cache a second, of each layer in turn, and tells the entropy of what it holds.
+
+    Args:
+        engine: whose thread calls.
+        tell: called with the layer and the bits of keys and of values.
+        every_s: seconds from one look to the next.
+    """
+
+    def __init__(
+        self, engine: Engine, tell: Callable[[int, float, float], None], every_s: float = LOOK_S
+    ) -> None:
+        self._engine = engine
+        self._tell = tell
+        self._every_s = every_s
+        self._next_s = 0.0
+        self._n = 0
+
+    def after_step(self, now_s: float) -> None:
+        """Look, if it is time; called between two steps."""
+        if now_s < self._next_s:
+            return
+        nth, layer = divmod(self._n, self._engine.n_layers)
+        block = self._engine.read_block(layer, nth)
+        if block is not None:
+            self._n += 1
+            self._next_s = now_s + self._every_s
+            self._tell(layer, *kv_entropy(block))
 
 
 class WeightCheck:

@@ -10,11 +10,12 @@ Counters of the engine are read when somebody asks; times are observed as they h
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from onebit.engine.engine import Engine
+from onebit.engine.model import LAYER_INPUTS
 
 FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTERVAL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -38,6 +39,12 @@ COUNTERS = {
     "steps": ("engine_steps", "Forward passes"),
     "step_tokens": ("engine_step_tokens", "Tokens in forward passes"),
 }
+# What the engine counts of inputs of linear layers, in the order of its array.
+CODES = (
+    ("input_codes", "Codes that linear layers read in the steps that were looked at"),
+    ("saturated_codes", "Those of them that are the least or the largest"),
+    ("zero_codes", "Those of them that are zero"),
+)
 
 
 class Meter:
@@ -51,6 +58,13 @@ class Meter:
         self._flipped = metrics.flipped.labels(model)
         self._checks = metrics.checks.labels(model)
         self._checked = metrics.checked.labels(model)
+        self._kv_entropy = metrics.kv_entropy
+        self._model = model
+
+    def cache_looked(self, layer: int, key_bits: float, value_bits: float) -> None:
+        """Take in the entropy of keys and values of a layer."""
+        self._kv_entropy.labels(self._model, layer, "keys").observe(key_bits)
+        self._kv_entropy.labels(self._model, layer, "values").observe(value_bits)
 
     def weights_checked(self, changed: list[str]) -> None:
         """Take in the names of tensors that are not as in the file."""
@@ -120,6 +134,12 @@ class Metrics:
             buckets=NATS,
             registry=registry,
         )
+        self.kv_entropy = Summary(
+            "onebit_kv_entropy_bits",
+            "Entropy of the codes of a block of keys, or of values, in the cache",
+            ["model", "layer", "part"],
+            registry=registry,
+        )
         self.flipped = Gauge(
             "onebit_flipped_tensors",
             "Weight tensors whose bytes in memory are not those of the file",
@@ -163,3 +183,10 @@ class _EngineCollector(Collector):
                 for model, values in stats.items():
                     metric.add_metric([model], getattr(values, field))
                 yield metric
+        for i, (name, text) in enumerate(CODES):
+            metric = CounterMetricFamily(f"onebit_{name}", text, labels=["model", "layer", "input"])
+            for model, engine in self.engines.items():
+                for layer, counts in enumerate(engine.code_counts[..., i].tolist()):
+                    for kind, count in zip(LAYER_INPUTS, counts, strict=True):
+                        metric.add_metric([model, str(layer), kind], count)
+            yield metric

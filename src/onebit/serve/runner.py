@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from onebit.engine.engine import Engine, Generation, Step
 from onebit.engine.sampling import SamplingParams
+from onebit.serve.health import CacheLook
 from onebit.serve.protocol import ApiError
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class Runner:
         self.meter = meter
         self.n_reserved = 0
         self.is_alive = False
+        self._cache_look = CacheLook(engine, meter.cache_looked)
         self._mean_s = 1.0
         self._live: dict[Generation, _Live] = {}
         self._inbox: list[Callable[[], None]] = []
@@ -273,6 +275,7 @@ class Runner:
             self._fail(lost, ApiError(500, f"the model failed ({type(error).__name__})", "step_failed"))
             return
         now = time.perf_counter()
+        self._cache_look.after_step(now)
         if steps:
             self.meter.batch.observe(len(steps))
             self.meter.tokens.inc(len(steps))

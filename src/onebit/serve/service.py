@@ -21,7 +21,7 @@ from onebit.engine.memory import position_bytes
 from onebit.engine.model import BLOCK_TOKENS
 from onebit.engine.sampling import SamplingParams
 from onebit.serve.grammar import Grammar, GrammarError, Vocabulary
-from onebit.serve.health import ENTROPY_EVERY, WeightCheck
+from onebit.serve.health import PROBE_EVERY, WeightCheck
 from onebit.serve.metrics import Metrics
 from onebit.serve.protocol import ApiError
 from onebit.serve.runner import Runner
@@ -103,7 +103,7 @@ class Served:
         most = min(llm.config.max_seq_len, engine.pool.n_blocks * BLOCK_TOKENS)
         self.context = min(options.context or most, most)
         capacity = options.max_num_seqs + options.max_queue
-        engine.entropy_every = ENTROPY_EVERY
+        engine.probe_every = PROBE_EVERY
         meter = metrics.meter(name, engine)
         self.runner = Runner(engine, capacity, meter)
         self.weights = WeightCheck(llm.checkpoint, meter.weights_checked)
