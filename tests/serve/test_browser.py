@@ -1,6 +1,7 @@
 """Oracle: a real browser uses the page, on a desk and on a phone."""
 
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -324,6 +325,15 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     assert server.post("/v1/completions", body).status_code == 200
     page.wait(lambda: "–" not in page.texts("[data-card=first] output"))
     page.wait(lambda: page.all("[data-card=tokens] path.line"))
+    # What layers see comes of steps that are looked at, and of texts that fill a block.
+    server.service.served[0].runner.engine.probe_every = 5
+    assert server.post("/v1/completions", body | {"max_tokens": 90, "ignore_eos": True}).status_code == 200
+    page.wait(lambda: "bits" in page.one("[data-card=health] tbody tr").text)
+    cells = page.texts("[data-card=health] tbody tr:first-child td")[4:7]
+    assert re.fullmatch(r"0\.[1-9] %, layer \d (qkv|o|gate/up|down)", cells[0])
+    assert re.fullmatch(r"\d\d %, layer \d down", cells[1])
+    assert re.fullmatch(r"7\.\d+ bits, layer \d (keys|values)", cells[2])
+    assert not page.all(".verdict.bad")
     # While nobody looks nothing is read.
     page.one("#tab-chat").click()
     page.requests  # noqa: B018, empties the log

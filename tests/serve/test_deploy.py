@@ -21,10 +21,11 @@ METRIC = re.compile(r"\bonebit_[a-z0-9_]+")
 @pytest.fixture(scope="module")
 def figures(server):
     """All that /metrics has after one answer: {name: labels}."""
-    body = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 4 * LEAST_TOKENS, "seed": 3}
+    body = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 8 * LEAST_TOKENS, "seed": 3}
     server.service.served[1].runner.engine.probe_every = 5
     server.post("/v1/completions", body)
     server.wait_for(lambda: server.figure("entropy_nats_count") > 0)
+    server.wait_for(lambda: server.figure("kv_entropy_bits_count") > 0)
     found = {}
     for line in server.get("/metrics").text.splitlines():
         if match := re.match(r"(onebit_\w+)(?:\{(.*)\})? ", line):
@@ -72,6 +73,24 @@ def test_alerts_are_complete():
         assert rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
+
+
+@pytest.mark.skipif(
+    not shutil.which("promtool"), reason="left out: promtool is not here (apt install prometheus)"
+)
+def test_alerts_fire_where_they_should():
+    result = subprocess.run(
+        ["promtool", "test", "rules", Path(__file__).with_name("alerts.yml")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_alert_has_an_example_that_fires_and_one_that_does_not():
+    examples = yaml.safe_load(Path(__file__).with_name("alerts.yml").read_text("utf-8"))["tests"]
+    asked = [
+        (one["alertname"], bool(one.get("exp_alerts"))) for e in examples for one in e["alert_rule_test"]
+    ]
+    assert set(asked) == {(rule["alert"], fires) for rule in rules() for fires in (True, False)}
 
 
 def test_the_dashboard_imports():

@@ -141,7 +141,8 @@ class Runner:
         self.meter = meter
         self.n_reserved = 0
         self.is_alive = False
-        self._cache_look = CacheLook(engine, meter.cache_looked)
+        # Called after each step, from when it is there.
+        self.cache_look: CacheLook | None = None
         self._mean_s = 1.0
         self._live: dict[Generation, _Live] = {}
         self._inbox: list[Callable[[], None]] = []
@@ -275,7 +276,8 @@ class Runner:
             self._fail(lost, ApiError(500, f"the model failed ({type(error).__name__})", "step_failed"))
             return
         now = time.perf_counter()
-        self._cache_look.after_step(now)
+        if self.cache_look:
+            self.cache_look.after_step(now)
         if steps:
             self.meter.batch.observe(len(steps))
             self.meter.tokens.inc(len(steps))

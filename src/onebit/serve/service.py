@@ -21,7 +21,7 @@ from onebit.engine.memory import position_bytes
 from onebit.engine.model import BLOCK_TOKENS
 from onebit.engine.sampling import SamplingParams
 from onebit.serve.grammar import Grammar, GrammarError, Vocabulary
-from onebit.serve.health import PROBE_EVERY, WeightCheck
+from onebit.serve.health import PROBE_EVERY, CacheLook, WeightCheck
 from onebit.serve.metrics import Metrics
 from onebit.serve.protocol import ApiError
 from onebit.serve.runner import Runner
@@ -106,6 +106,7 @@ class Served:
         engine.probe_every = PROBE_EVERY
         meter = metrics.meter(name, engine)
         self.runner = Runner(engine, capacity, meter)
+        self._cache_look = CacheLook(engine, meter.cache_looked)
         self.weights = WeightCheck(llm.checkpoint, meter.weights_checked)
 
     @cached_property
@@ -126,6 +127,8 @@ class Served:
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
         for n in (1, max(1, min(self.context - 1, MAX_STEP_TOKENS))):
             await self.runner.submit([([start] * n, params, NO_ADAPTER)], is_streamed=False).outputs()
+        # Not before: what a model sees of one token over and over is no user's text.
+        self.runner.cache_look = self._cache_look
 
 
 class Place(NamedTuple):

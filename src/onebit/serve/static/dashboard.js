@@ -11,7 +11,7 @@ const SECONDS = 180;
 const WINDOW = 60;
 const MOMENT = 5;
 // See "Model health" in docs/guide/serve.md.
-const LIMITS = { repetition: 0.5, lowEntropy: 0.05, highEntropy: 6 };
+const LIMITS = { repetition: 0.5, lowEntropy: 0.05, highEntropy: 6, saturated: 0.1, zero: 0.95, zeroOfDown: 0.999, kvBits: 3 };
 // How requests end well, and what clients do to themselves.
 const FINE = new Set(["ok", "cancelled"]);
 
@@ -120,7 +120,7 @@ function outcomeList(counts) {
 }
 
 function healthTable(f, start, rate) {
-  const heads = ["Model", "Numbers", "Tokens/s", "Repetition", "Entropy", "Failed steps", "Weights"];
+  const heads = ["Model", "Numbers", "Tokens/s", "Repetition", "Entropy", "Saturated", "Zero", "Cache", "Failed steps", "Weights"];
   return element("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Model health" }, element("table", {},
     element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
     element("tbody", {}, ...models.map((model) => healthRow(model, f, start, rate)))));
@@ -138,7 +138,34 @@ function healthRow(model, f, start, rate) {
     element("td", {}, model.parent ? "" : number(rate(own) ?? 0)),
     element("td", {}, verdict(repetition !== null && repetition > LIMITS.repetition, percent(repetition))),
     element("td", {}, verdict(entropyIsOff, entropy === null ? "–" : `${number(entropy, 2)} nats`)),
-    element("td", {}, verdict(failed > 0, number(failed, 0))), element("td", {}, weights(f, engine)));
+    ...layers(f, start, model), element("td", {}, verdict(failed > 0, number(failed, 0))), element("td", {}, weights(f, engine)));
+}
+
+// What layers read and keep, each where it is nearest to its limit; an adapter's counts with its model.
+function layers(f, start, model) {
+  if (model.parent) return [1, 2, 3].map(() => element("td", {}));
+  const lines = (name, value) => (f[name] ?? []).filter((line) => line.labels.model === model.id)
+    .map(({ labels }) => ({ ...labels, value: value(labels) })).filter((line) => line.value !== null);
+  const shares = (name) => lines(name, (labels) => {
+    // Without an answer in these minutes, what is known since the start.
+    for (const since of [start, null]) {
+      const n = increase(f, since, "onebit_input_codes_total", labels);
+      if (n) return increase(f, since, name, labels) / n;
+    }
+    return null;
+  });
+  const bits = lines("onebit_kv_entropy_bits_count", (labels) =>
+    mean(f, start, "onebit_kv_entropy_bits", labels) ?? mean(f, null, "onebit_kv_entropy_bits", labels));
+  const zeroLimit = (line) => (line.input === "down" ? LIMITS.zeroOfDown : LIMITS.zero);
+  const worst = (list, nearness, isBad, words) => {
+    const line = list.reduce((a, b) => (a && nearness(a) >= nearness(b) ? a : b), null);
+    return element("td", {}, line ? verdict(isBad(line), `${words(line.value)}, layer ${line.layer} ${line.input ?? line.part}`.replace("_", "/")) : "–");
+  };
+  return [
+    worst(shares("onebit_saturated_codes_total"), (l) => l.value, (l) => l.value > LIMITS.saturated, percent),
+    worst(shares("onebit_zero_codes_total"), (l) => l.value / zeroLimit(l), (l) => l.value > zeroLimit(l), percent),
+    worst(bits, (l) => -l.value, (l) => l.value < LIMITS.kvBits, (v) => `${number(v, 2)} bits`),
+  ];
 }
 
 function weights(f, engine) {
