@@ -330,9 +330,9 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     assert server.post("/v1/completions", body | {"max_tokens": 90, "ignore_eos": True}).status_code == 200
     page.wait(lambda: "bits" in page.one("[data-card=health] tbody tr").text)
     cells = page.texts("[data-card=health] tbody tr:first-child td")[4:7]
-    assert re.fullmatch(r"0\.[1-9] %, layer \d (qkv|o|gate/up|down)", cells[0])
-    assert re.fullmatch(r"\d\d %, layer \d down", cells[1])
-    assert re.fullmatch(r"7\.\d+ bits, layer \d (keys|values)", cells[2])
+    assert re.fullmatch(r"0\.[1-9] %\s+layer \d, (qkv|o|gate/up|down)", cells[0])
+    assert re.fullmatch(r"\d\d %\s+layer \d, down", cells[1])
+    assert re.fullmatch(r"7\.\d+ bits\s+layer \d, (keys|values)", cells[2])
     assert not page.all(".verdict.bad")
     # While nobody looks nothing is read.
     page.one("#tab-chat").click()

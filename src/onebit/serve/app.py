@@ -165,9 +165,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     place = service.find(body.model)
 
     async def prepare() -> tuple[Sequence[Job], Form]:
-        tools = None if body.tool_choice == "none" else body.tools
         size = sum(len(message.content or "") for message in body.messages)
-        tokens = await service.work(lambda: _encode_chat(place, body.messages, tools), size)
+        tokens = await service.work(lambda: _encode_chat(place, body.messages, body.offered_tools), size)
         asked = body.params
         if body.logprobs:
             asked["logprobs"] = body.top_logprobs or 0

@@ -97,12 +97,28 @@ class CompletionBody(_Completion):
     choices: list[CompletionChoice]
 
 
+class Function(_Body):
+    """A tool by its name, and its arguments, a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(_Body):
-    """A turn of the model."""
+    """A turn of the model; content is null only beside tool calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class TokenLogprob(_Body):
@@ -132,7 +148,7 @@ class ChatChoice(_Body):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatBody(_Completion):

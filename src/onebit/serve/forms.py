@@ -12,6 +12,7 @@ from onebit.engine.engine import Generation
 from onebit.engine.sampling import TokenLogprobs
 from onebit.serve.protocol import ChatRequest, CompletionRequest
 from onebit.serve.runner import Piece
+from onebit.serve.tools import Call, ToolReader
 
 TokenBytes = Callable[[int], bytes]
 # JSON has no infinity.
@@ -164,6 +165,9 @@ class ChatForm:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._n = body.n or 1
         self._has_logprobs = bool(body.logprobs)
+        self._has_tools = bool(body.offered_tools)
+        self._readers = [ToolReader() for _ in range(self._n)]
+        self._n_calls = [0] * self._n
         self._token_bytes = token_bytes
 
     def envelope(self, choices: list[dict[str, Any]], is_chunk: bool) -> dict[str, Any]:
@@ -181,24 +185,54 @@ class ChatForm:
         told = (
             [logprobs for piece in pieces for logprobs in piece.step.logprobs] if self._has_logprobs else []
         )
+        is_last = pieces[-1].step.is_last
+        calls: list[Call] = []
+        if self._has_tools:
+            text, calls = self._divide(index, text, is_last)
         chunks = [self._delta(index, {"content": text}, self._logprobs(told), None)] if text or told else []
-        if pieces[-1].step.is_last:
-            chunks.append(self._delta(index, {}, None, pieces[-1].step.request.finish_reason))
+        for call in calls:
+            told_call = {"index": self._n_calls[index]} | _told_call(call)
+            chunks.append(self._delta(index, {"tool_calls": [told_call]}, None, None))
+            self._n_calls[index] += 1
+        if is_last:
+            reason = self._reason(pieces[-1].step.request, self._n_calls[index])
+            chunks.append(self._delta(index, {}, None, reason))
         return chunks
 
     def whole(self, generations: Sequence[Generation]) -> list[dict[str, Any]]:
         """A choice for each text."""
-        return [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": generation.text, "refusal": None},
-                "logprobs": self._logprobs(generation.logprobs) if self._has_logprobs else None,
-                "finish_reason": generation.finish_reason,
-            }
-            for index, generation in enumerate(generations)
-        ]
+        choices = []
+        for index, generation in enumerate(generations):
+            text = generation.text
+            calls: list[Call] = []
+            if self._has_tools:
+                text, calls = self._divide(index, text, is_last=True)
+            content = None if calls and not text else text
+            message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+            if calls:
+                message["tool_calls"] = [_told_call(call) for call in calls]
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": self._logprobs(generation.logprobs) if self._has_logprobs else None,
+                    "finish_reason": self._reason(generation, len(calls)),
+                }
+            )
+        return choices
 
-    def _delta(self, index: int, delta: dict[str, str], logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _divide(self, index: int, text: str, is_last: bool) -> tuple[str, list[Call]]:
+        text, calls = self._readers[index].push(text)
+        if is_last:
+            rest, last_calls = self._readers[index].flush()
+            return text + rest, calls + last_calls
+        return text, calls
+
+    def _reason(self, generation: Generation, n_calls: int) -> str | None:
+        # A text that was cut off may have had more to ask.
+        return "tool_calls" if n_calls and generation.finish_reason == "stop" else generation.finish_reason
+
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self.envelope([choice], is_chunk=True)
 
@@ -218,3 +252,7 @@ class ChatForm:
             "logprob": max(logprob, LEAST_LOGPROB),
             "bytes": list(data),
         }
+
+
+def _told_call(call: Call) -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
+from onebit.serve.tools import with_parsed_arguments
+
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
 MAX_LOGPROBS = 20
@@ -199,6 +201,8 @@ class Message(BaseModel):
             content = "".join(part.text or part.refusal or "" for part in content)
         turn = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
         rest = {name: getattr(self, name) for name in ("name", "tool_calls", "tool_call_id")}
+        if self.tool_calls is not None:
+            rest["tool_calls"] = [with_parsed_arguments(call) for call in self.tool_calls]
         return turn | {name: value for name, value in rest.items() if value is not None}
 
 
@@ -249,6 +253,11 @@ class ChatRequest(Sampling):
         if self.grammar and self.schema_text is not None:
             raise ValueError("grammar and response_format exclude each other; give one of them")
         return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of."""
+        return None if self.tool_choice == "none" else self.tools
 
     @property
     def schema_text(self) -> dict[str, Any] | None:

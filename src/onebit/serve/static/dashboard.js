@@ -159,7 +159,9 @@ function layers(f, start, model) {
   const zeroLimit = (line) => (line.input === "down" ? LIMITS.zeroOfDown : LIMITS.zero);
   const worst = (list, nearness, isBad, words) => {
     const line = list.reduce((a, b) => (a && nearness(a) >= nearness(b) ? a : b), null);
-    return element("td", {}, line ? verdict(isBad(line), `${words(line.value)}, layer ${line.layer} ${line.input ?? line.part}`.replace("_", "/")) : "–");
+    if (!line) return element("td", {}, "–");
+    const place = `layer ${line.layer}, ${line.input?.replace("_", "/") ?? line.part}`;
+    return element("td", {}, verdict(isBad(line), words(line.value)), " ", element("small", {}, place));
   };
   return [
     worst(shares("onebit_saturated_codes_total"), (l) => l.value, (l) => l.value > LIMITS.saturated, percent),
