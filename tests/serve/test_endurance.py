@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -225,7 +227,11 @@ def test_sigterm_under_load(tmp_path):
         first = process.stderr.readline()
         url = first.split()[1]
         assert first.startswith("onebit: http://127.0.0.1:") and "serves tiny" in first
-        assert process.stderr.readline().startswith(f"curl {url}/v1/completions -H")
+        line = process.stderr.readline()
+        assert line.startswith(f"curl {url}/v1/completions -H")
+        if shutil.which("curl"):
+            told = subprocess.run([*shlex.split(line), "-sS"], capture_output=True, check=True, timeout=60)
+            assert json.loads(told.stdout)["usage"]["completion_tokens"] == 16
         results = []
 
         def client():

@@ -124,11 +124,11 @@ def test_a_look_takes_layers_and_blocks_in_turn_and_its_time():
     assert len(set(told)) == 6 and told[0] == told[6]
 
 
-def passes(checkpoint, n=1, **options):
+def passes(checkpoint, n=1, more=None):
     """What the first passes of a check find."""
     found = []
     check = WeightCheck(
-        checkpoint, lambda changed: (found.append(changed), n <= len(found) and done()), 0, 0.01
+        checkpoint, lambda changed: (found.append(changed), n <= len(found) and done()), more or {}, 0, 0.01
     )
     done = check._closing.set
     check.start()
@@ -169,6 +169,30 @@ def test_a_model_without_file_is_compared_with_its_beginning():
     checkpoint = quantize(tiny.master())
     assert checkpoint.sha256 == {}
     assert passes(checkpoint, n=3) == [[], [], []]
+
+
+def test_an_adapter_is_compared_with_its_beginning():
+    llm = tiny_llm()
+    watched = llm.model.adapter_arrays
+    assert len(watched) == 2 * 2 * 2 * 7
+    assert passes(llm.checkpoint, n=2, more=watched) == [[], []]
+    text = llm.generate("Once", max_tokens=9, temperature=0, adapter="blue").text
+    name = "adapter 1, layers.1.down.weight.b"
+    found, done = [], []
+
+    def on_pass(changed):
+        found.append(changed)
+        if len(found) == 1:
+            # The memory that is computed with, not a copy of it.
+            watched[name][...] = 0x4000
+        else:
+            done.append(check._closing.set())
+
+    check = WeightCheck(llm.checkpoint, on_pass, watched, 0, 0.01)
+    check.start()
+    check._thread.join(30)
+    assert found[:2] == [[], [name]] and done
+    assert llm.generate("Once", max_tokens=9, temperature=0, adapter="blue").text != text
 
 
 def test_another_layout_forgets_the_hashes_of_the_file(checkpoint):

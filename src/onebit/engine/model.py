@@ -76,6 +76,13 @@ class Model:
         # Adapters that a sequence can ask for.
         self.n_adapters = len(adapters)
         added = [(adapter.scale, _to_planes(adapter, self.config)) for adapter in adapters]
+        # What is computed with of them, by names of no file: the memory of A and B.
+        self.adapter_arrays: dict[str, UInt16] = {
+            f"adapter {i}, {name}.{part}": planes
+            for i, (_, pairs) in enumerate(added)
+            for name, pair in pairs.items()
+            for part, planes in zip("ab", pair, strict=True)
+        }
         try:
             self._core = _core.Model(self.config, tensors, frequencies, isa, threads, int4_shortlist, added)
         except RuntimeError as error:

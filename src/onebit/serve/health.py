@@ -14,13 +14,15 @@ a time.
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from onebit.checkpoint import Checkpoint, arrays
 from onebit.engine.engine import Engine
 from onebit.engine.model import Float32
+from onebit.packing import UInt16
 from onebit.quant import quantize_a8
 
 # One step in so many has a row of all logits, for the entropy, and its codes counted.
@@ -109,12 +111,13 @@ class CacheLook:
 class WeightCheck:
     """Hashes the weights that are computed with, over and over, and compares with what their file says.
 
-    A model that comes from no file is compared with what it was at first. Where kernels keep layers in another layout
-    (t80 on CPUs with AVX2 alone), those are a copy of what is hashed.
+    A model that comes from no file is compared with what it was at first, as are adapters. Where kernels keep layers in
+    another layout (t80 on CPUs with AVX2 alone), those are a copy of what is hashed.
 
     Args:
         checkpoint: packed; the arrays that the engine computes with.
         on_pass: called after each pass with the names of the tensors that differ.
+        more: arrays to watch besides, by names that no tensor has.
         rest: seconds of rest for each second of hashing.
         period_s: least seconds from the start of one pass to that of the next.
     """
@@ -123,10 +126,11 @@ class WeightCheck:
         self,
         checkpoint: Checkpoint,
         on_pass: Callable[[list[str]], None],
+        more: Mapping[str, UInt16] = MappingProxyType({}),
         rest: float = REST,
         period_s: float = PERIOD_S,
     ) -> None:
-        self._arrays = arrays(checkpoint)
+        self._arrays = arrays(checkpoint) | dict(more)
         self._expected = dict(checkpoint.sha256)
         self._on_pass = on_pass
         self._rest = rest

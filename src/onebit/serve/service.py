@@ -107,7 +107,7 @@ class Served:
         meter = metrics.meter(name, engine)
         self.runner = Runner(engine, capacity, meter)
         self._cache_look = CacheLook(engine, meter.cache_looked)
-        self.weights = WeightCheck(llm.checkpoint, meter.weights_checked)
+        self.weights = WeightCheck(llm.checkpoint, meter.weights_checked, llm.model.adapter_arrays)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
