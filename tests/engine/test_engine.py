@@ -376,6 +376,18 @@ def test_what_texts_begin_with_is_computed_once():
     assert engine.stats.prefix_hit_tokens == 3 * 128 + 64
 
 
+def test_copies_of_a_prompt_that_come_together_read_it_once():
+    engine = make(mixed, 40)
+    prompt = [1 + i % 50 for i in range(2 * BLOCK_TOKENS + 10)]
+    requests = [engine.add(prompt, GREEDY) for _ in range(8)]
+    for _ in engine.run():
+        pass
+    assert all(request.generated == expected(prompt, 30) for request in requests)
+    # The first reads all, the others what no full block holds.
+    assert engine._model.n_tokens[:2] == [len(prompt), 1 + 7 * 10]
+    assert engine.stats.prefix_hit_tokens == 7 * 2 * BLOCK_TOKENS
+
+
 def test_texts_wait_for_their_turn():
     engine = make(mixed, n_blocks=20, max_num_seqs=2)
     for i in range(5):

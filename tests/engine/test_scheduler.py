@@ -222,16 +222,50 @@ def test_known_blocks_are_taken_over_but_for_the_last_token(prefix_cache, starts
 
 def test_equal_blocks_that_were_computed_twice_become_one():
     scheduler = Scheduler(BlockPool(4, BLOCK_TOKENS), 64)
-    a, b = Request([1] * 5), Request([1] * 5)
+    a, b = Request([1] * 3), Request([1] * 3)
     scheduler.add(a)
     scheduler.add(b)
-    scheduler.schedule()
-    assert scheduler.pool.n_free == 0
-    for request in (a, b):
-        request.tokens.append(1)
+    for _ in range(2):
+        scheduler.schedule()
+        assert a.blocks[0] != b.blocks[0]
+        for request in (a, b):
+            request.tokens.append(1)
     scheduler.schedule()
     assert a.blocks[0] == b.blocks[0] and a.blocks[1] != b.blocks[1]
     assert scheduler.pool.n_free == 1
+
+
+def test_copies_wait_for_the_first_to_read_what_they_share():
+    scheduler = Scheduler(BlockPool(16, BLOCK_TOKENS), 64)
+    copies = [Request([1] * 10) for _ in range(3)]
+    partly, other = Request([1] * 5 + [2] * 4), Request([3] * 9)
+    for request in (*copies, partly, other):
+        scheduler.add(request)
+    assert [(part.start, part.stop) for part in scheduler.schedule()] == [(0, 10)]
+    copies[0].tokens.append(1)
+    # Then they read what is their own; who shares nothing was late by a step.
+    batch = scheduler.schedule()
+    assert [(part.start, part.stop) for part in batch] == [(10, 11), (8, 10), (8, 10), (4, 9), (0, 9)]
+    assert scheduler.n_found == 8 + 8 + 4
+
+
+@pytest.mark.parametrize(
+    ("second", "options"),
+    [
+        (Request([1] * 4), {}),
+        (Request([2] + [1] * 9), {}),
+        (Request([1] * 9, root=ROOT - 1), {}),
+        (Request([1] * 9, reads_all=True), {}),
+        (Request([1] * 9), {"prefix_cache": False}),
+    ],
+    ids=["no full block", "other tokens", "another root", "reads all", "no prefix cache"],
+)
+def test_nobody_waits_for_what_he_cannot_take_over(second, options):
+    scheduler = Scheduler(BlockPool(16, BLOCK_TOKENS), 64, **options)
+    second = deepcopy(second)
+    scheduler.add(Request([1] * 9))
+    scheduler.add(second)
+    assert [part.start for part in scheduler.schedule()] == [0, 0]
 
 
 def test_a_full_pool_preempts_the_latest_arrival():

@@ -3,7 +3,8 @@
 There is no prefill phase. Every request has tokens, of which the first n_computed are in the cache, and each
 step lets requests catch up in order of arrival. The oldest can always go on, so every request ends. A request begins
 only when all before it catch up in the same step, so a text that has begun to grow waits for no prompt. Full blocks
-that already hold the first tokens of a request are taken over instead of computed. Guesses of the tokens that follow,
+that already hold the first tokens of a request are taken over instead of computed; where the present step fills such a
+block, the request begins in the next. Guesses of the tokens that follow,
 drafts, get what room is left in a step and take nothing from anybody.
 
     scheduler = Scheduler(BlockPool(64, block_tokens=64), max_step_tokens=512)
@@ -122,7 +123,7 @@ class Scheduler(Generic[R]):
             n_tokens = len(request.tokens)
             most = min(budget, rows) if request.reads_all else budget
             has_room = n_tokens <= len(request.blocks) * block_tokens
-            if most == 0 or not (has_room or self._reserve(request, self.requests[i + 1 :])):
+            if most == 0 or not (has_room or self._reserve(request, self.requests[i + 1 :], batch)):
                 break
             start = request.n_computed
             stop = min(n_tokens, start + most)
@@ -170,9 +171,9 @@ class Scheduler(Generic[R]):
         request.blocks += self.pool.allocate(missing)
         return n_drafts
 
-    def _reserve(self, request: R, later: list[R]) -> bool:
+    def _reserve(self, request: R, later: list[R], batch: Batch[R]) -> bool:
         if not request.blocks:
-            return self._begin(request)
+            return self._begin(request, batch)
         missing = self.pool.count(len(request.tokens)) - len(request.blocks)
         # Only a request that is already under way pushes out others: a new one waits for free blocks.
         while missing > self.pool.n_free and later:
@@ -184,14 +185,14 @@ class Scheduler(Generic[R]):
         request.blocks += self.pool.allocate(missing)
         return True
 
-    def _begin(self, request: R) -> bool:
-        """Give a request its first blocks: known ones and free ones."""
+    def _begin(self, request: R, batch: Batch[R]) -> bool:
+        """Give a request its first blocks, known ones and free ones; not if the batch fills one that it could know."""
         n_tokens = len(request.tokens)
         # The last token is computed in any case: its logits are wanted.
         is_queried = self.prefix_cache and not request.reads_all
         found = self.pool.find(request.root, request.tokens[: n_tokens - 1]) if is_queried else []
         missing = self.pool.count(n_tokens) - len(found)
-        if missing > self.pool.n_free:
+        if missing > self.pool.n_free or (is_queried and self._is_filled(request, len(found), batch)):
             self.pool.release(found)
             return False
         request.n_shared = len(found)
@@ -200,3 +201,14 @@ class Scheduler(Generic[R]):
         self.n_queried += n_tokens if is_queried else 0
         self.n_found += request.n_computed
         return True
+
+    def _is_filled(self, request: R, block: int, batch: Batch[R]) -> bool:
+        """Whether a batch computes a block of a request, which can then be taken over."""
+        begin, end = block * self.pool.block_tokens, (block + 1) * self.pool.block_tokens
+        return end < len(request.tokens) and any(
+            part.stop >= end
+            and part.request.root == request.root
+            and part.request.tokens[begin:end] == request.tokens[begin:end]
+            and part.request.tokens[:begin] == request.tokens[:begin]
+            for part in batch
+        )
