@@ -70,6 +70,7 @@ def test_every_flag_is_the_argument_of_that_name(llm, model):
         "top_k": 30,
         "top_p": 0.9,
         "min_p": 0.01,
+        "min_sigma": 1.2,
         "repetition_penalty": 1.2,
         "seed": 11,
     }

@@ -15,6 +15,7 @@ from onebit.engine import engine as engines
 from onebit.engine.logits import change, token_logprobs
 from onebit.engine.memory import KV_FORMATS
 from onebit.engine.sampling import SamplingParams
+from onebit.engine.speculation import Speculation
 from onebit.llm import LLM
 from onebit.nn.transformer import Transformer
 
@@ -104,8 +105,66 @@ def test_logprobs_come_before_biases_penalties_and_temperature():
 def test_changes_add_up():
     logits = np.zeros(5, np.float32)
     options = SamplingParams(logit_bias={1: 2, 4: -1}, presence_penalty=0.5, frequency_penalty=0.25)
-    change(logits, options, np.array([1, 1, 3], np.int32), None)
+    change(logits[None], options, np.array([1, 1, 3], np.int32), None)
     assert logits.tolist() == [0, 1, 0, -0.75, -1]
+
+
+def test_a_cut_at_so_many_deviations_is_that_of_numpy_and_leaves_the_best():
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.normal(0, 3, (4, 320)), np.zeros((1, 320))]).astype(np.float32)
+    for n_sigma in (0.5, 2, 3.5, 100):
+        cut = rows.copy()
+        change(cut, SamplingParams(min_sigma=n_sigma), np.array([], np.int32), None)
+        for before, after in zip(rows.astype(np.float64), cut, strict=True):
+            kept = before >= min(before.mean() + n_sigma * before.std(), before.max())
+            assert np.array_equal(np.isfinite(after), kept) and np.array_equal(after[kept], before[kept])
+    # Equal logits are all the best; nothing reaches 100 deviations but the best.
+    assert np.isfinite(cut).sum(axis=1).tolist() == [1, 1, 1, 1, 320]
+
+
+def test_neither_a_bias_nor_a_grammar_moves_the_cut():
+    class Odd:
+        def mask(self, request):
+            return np.arange(8) % 2 == 1
+
+        def accept(self, token):
+            pass
+
+    def kept(**options):
+        logits = np.array([[9, 8, 5, 5, 5, 5, 5, 0]], np.float32)
+        change(logits, SamplingParams(min_sigma=0.5, **options), np.array([], np.int32), None)
+        return np.flatnonzero(np.isfinite(logits)).tolist()
+
+    # Mean 5.25, deviation 2.5: the cut is at 6.5.
+    assert kept() == [0, 1]
+    assert kept(grammar=Odd()) == [1]
+    assert kept(grammar=Odd(), logit_bias={1: -4, 3: 1.25}) == [3]
+    assert kept(logit_bias={2: 100}) == [0, 1, 2]
+
+
+class Eager(Speculation):
+    """Drafts whatever there is to guess."""
+
+    pause = 1
+
+    def draft(self, texts, n_rows):
+        return [lookup.guesses(min(most, 9)) for lookup, most in texts]
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 5, "top_p": 0.9}, {"repetition_penalty": 0.8, "min_p": 0.01}])
+def test_cut_texts_are_the_same_alone_in_batches_and_with_guesses(more):
+    options = {"min_sigma": 2.5, "temperature": 1.5, "top_k": 0, "top_p": 1.0} | more
+    llm = LLM(quantize(MASTER), threads=1, speculation=False)
+    texts = [alone(llm, prompt, params(**options, logprobs=1)) for prompt in PROMPTS]
+    # As many guesses as there can be.
+    llm._speculation = Eager()
+    engine = llm.engine(16)
+    requests = [engine.add(prompt, params(**options, logprobs=1)) for prompt in PROMPTS]
+    for _ in engine.run():
+        pass
+    assert [outcome(request) for request in requests] == texts
+    assert 0 < sum(request.accepted for request in requests) < sum(request.drafted for request in requests)
+    assert [alone(llm, p, params(**options | {"min_sigma": 0}, logprobs=1)) for p in PROMPTS] != texts
 
 
 def test_numbers_of_a_large_vocabulary_come_in_a_few_milliseconds():

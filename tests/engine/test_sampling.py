@@ -16,6 +16,7 @@ from onebit.engine.sampling import SamplingParams, random_seed
         ("top_k", [0, 1, 10**6], [-1, 2.0, None]),
         ("top_p", [1e-9, 1, 1.0], [0, 0.0, 1.01, math.nan]),
         ("min_p", [0, 0.5, 1], [-0.1, 1.1, math.nan]),
+        ("min_sigma", [0, 2, np.float32(1.5), 100], [-0.1, 101, math.nan, "2", None]),
         ("repetition_penalty", [1e-6, 0.5, 1, 1e6], [0, 1e-7, -1.0, 1e7, math.inf]),
         ("seed", [None, 0, 2**64 - 1], [-1, 2**64, 1.0, "7"]),
         ("stop", ["x", ["x", "y"], (), []], ["", ["x", ""], [1], 3, None]),

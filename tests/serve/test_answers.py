@@ -59,7 +59,7 @@ def test_a_request_that_says_nothing_draws_as_generate_does(server, llm):
 
 
 def test_every_parameter_is_that_of_generate(client, llm):
-    extra = {"top_k": 30, "min_p": 0.01, "repetition_penalty": 1.2, "ignore_eos": True}
+    extra = {"top_k": 30, "min_p": 0.01, "min_sigma": 1.2, "repetition_penalty": 1.2, "ignore_eos": True}
     plain = {"presence_penalty": 0.5, "frequency_penalty": 0.3, "stop": ["q", "zz"]} | DRAWN
     bias = {"40": 3.0, "41": -100.0}
     answer = client.completions.create(

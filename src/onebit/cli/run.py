@@ -42,6 +42,10 @@ def run(
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Keep tokens up to this total probability.")] = 0.95,
     min_p: Annotated[float, typer.Option(help="Keep tokens this likely, relative to the best.")] = 0.0,
+    min_sigma: Annotated[
+        float,
+        typer.Option(help="Keep tokens so many standard deviations above the mean logit; 0 keeps all."),
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Repeat a text; default: a random one.")] = None,
     stop: Annotated[
@@ -77,6 +81,7 @@ def run(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        min_sigma=min_sigma,
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop or (),

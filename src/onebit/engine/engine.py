@@ -240,7 +240,7 @@ class Engine:
             detokenizer=Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None,
             ids=ids,
             # What changes logits counts on one token after the other.
-            lookup=Lookup(tokens) if self._speculation and not params.changes_logits else None,
+            lookup=Lookup(tokens) if self._speculation and not params.goes_one_by_one else None,
             adapter=adapter,
             root=ROOT if adapter == NO_ADAPTER else ROOT - 1 - adapter,
             prompt_logprobs=[] if params.prompt_logprobs is None else [None],
@@ -466,7 +466,7 @@ class Engine:
         if params.changes_logits:
             is_told = params.logprobs is not None or request is self._probed
             plain_RV = logits_RV.copy() if is_told else logits_RV
-            change(logits_RV[0], params, request.ids[request.n_prompt : len(request.tokens)], request)
+            change(logits_RV, params, request.ids[request.n_prompt : len(request.tokens)], request)
         drawn = sample(
             logits_RV,
             request.ids[: len(request.tokens) + n_drafts],

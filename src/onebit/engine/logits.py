@@ -3,7 +3,7 @@
 Rows are changed in place. The core draws the token.
 
     told = token_logprobs(logits_V, token, n_top=5)
-    change(logits_V, params, generated, request)
+    change(logits_RV, params, generated, request)
 """
 
 from typing import Any
@@ -15,13 +15,17 @@ from onebit.engine.model import Float32, Int32
 from onebit.engine.sampling import SamplingParams, TokenLogprobs
 
 
-def change(logits_V: Float32, params: SamplingParams, generated: Int32, request: Any) -> None:
-    """Apply logit_bias, presence_penalty, frequency_penalty and grammar to one row.
+def change(logits_RV: Float32, params: SamplingParams, generated: Int32, request: Any) -> None:
+    """Apply logit_bias, presence_penalty, frequency_penalty, grammar and min_sigma.
 
         logit += logit_bias - presence_penalty * (count > 0) - frequency_penalty * count;  -infinity where not allowed
+        -infinity where logit < min(mean + min_sigma * sd, largest logit)
+
+    Mean and standard deviation are those of the model's own logits of that row, so neither a bias nor a grammar moves
+    the cut. (Top-n-sigma, arXiv:2411.07641, measures the same distance down from the largest logit.)
 
     Args:
-        logits_V: float32 [V], changed in place.
+        logits_RV: float32 [R, V], changed in place; more than one row only where nothing but min_sigma changes them.
         params: of the text.
         generated: int32, the tokens after the prompt, which are counted.
         request: handed to the grammar.
@@ -29,6 +33,20 @@ def change(logits_V: Float32, params: SamplingParams, generated: Int32, request:
     Raises:
         ValueError: a grammar that allows no token.
     """
+    cuts = [_cut(logits_V, params.min_sigma) for logits_V in logits_RV] if params.min_sigma else []
+    if params.goes_one_by_one:
+        (logits_V,) = logits_RV
+        _change_one(logits_V, params, generated, request)
+    for logits_V, cut in zip(logits_RV, cuts, strict=False):
+        logits_V[logits_V < min(cut, float(logits_V.max()))] = -np.inf
+
+
+def _cut(logits_V: Float32, n_sigma: float) -> float:
+    # Sums of numpy in float64 have one order on every CPU.
+    return float(logits_V.mean(dtype=np.float64) + n_sigma * logits_V.std(dtype=np.float64))
+
+
+def _change_one(logits_V: Float32, params: SamplingParams, generated: Int32, request: Any) -> None:
     for token, bias in (params.logit_bias or {}).items():
         logits_V[token] += np.float32(bias)
     if params.presence_penalty or params.frequency_penalty:

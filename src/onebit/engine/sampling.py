@@ -56,8 +56,8 @@ class TokenLogprobs(NamedTuple):
 class SamplingParams:
     """Choices for one text. Each change and filter looks at what the one before it left.
 
-    Applied in this order: logit_bias, presence_penalty and frequency_penalty, grammar, repetition_penalty, temperature,
-    top_k, top_p, min_p.
+    Applied in this order: logit_bias, presence_penalty and frequency_penalty, grammar, min_sigma, repetition_penalty,
+    temperature, top_k, top_p, min_p.
 
     Args:
         max_tokens: most tokens to generate.
@@ -65,6 +65,8 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens that together reach this probability; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        min_sigma: keep tokens whose logit is at least so many standard deviations above the mean of the model's logits,
+            and the most likely one; 0 keeps all. No temperature changes which those are.
         repetition_penalty: divides the positive and multiplies the negative logits of tokens already in
             the text or prompt; from 1e-6 to 1e6, 1 is off.
         seed: of the random draws; the same seed gives the same text. None draws a seed.
@@ -86,6 +88,7 @@ class SamplingParams:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.0
+    min_sigma: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | Sequence[str] = ()
@@ -105,6 +108,7 @@ class SamplingParams:
         self._set("temperature", _real("temperature", self.temperature, 0.0, math.inf))
         self._set("top_p", _real("top_p", self.top_p, 0.0, 1.0, open_low=True))
         self._set("min_p", _real("min_p", self.min_p, 0.0, 1.0))
+        self._set("min_sigma", _real("min_sigma", self.min_sigma, 0.0, 100.0))
         penalty = _real("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         self._set("repetition_penalty", penalty)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -128,11 +132,16 @@ class SamplingParams:
             raise ValueError(f"grammar is {self.grammar!r}; expected an object with mask and accept")
 
     @property
-    def changes_logits(self) -> bool:
-        """Whether logits are changed, by what the text holds or by its user, before the core sees them."""
+    def goes_one_by_one(self) -> bool:
+        """Whether logits are changed by what the text holds, or by its user: no token can be guessed ahead then."""
         return bool(
             self.presence_penalty or self.frequency_penalty or self.logit_bias or self.grammar is not None
         )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before the core sees them."""
+        return self.goes_one_by_one or self.min_sigma > 0
 
     @property
     def n_best(self) -> int:

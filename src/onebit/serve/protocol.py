@@ -102,6 +102,7 @@ class Sampling(_Ignored):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1)
+    min_sigma: float | None = Field(None, ge=0, le=100)
     repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -120,7 +121,7 @@ class Sampling(_Ignored):
         A request that says how to draw gets that and nothing else: filters that it leaves out are off. One that says
         nothing of it draws as `onebit run` does.
         """
-        draws = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        draws = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_sigma": 0.0}
         said = {name: getattr(self, name) for name in draws if getattr(self, name) is not None}
         params: dict[str, Any] = draws | said if said else {}
         if params.get("top_k") == -1:
