@@ -132,6 +132,8 @@ class LLM:
             to a third, for 0.2 s per gigabyte, or more where the system has to find the memory first. Without them
             processes share the pages of the file.
         adapters: low-rank changes by name, which a text can ask for; see `onebit.formats.adapter.read`.
+        normalize: prompts lose soft hyphens, zero-width characters and runs of white space; see
+            `onebit.engine.tokenizer.normalize`.
 
     Raises:
         ValueError: an unknown kv_cache or shortlist, an adapter of another model, a shortlist for a head of weight
@@ -147,6 +149,7 @@ class LLM:
         shortlist: str | None = None,
         huge_pages: bool = True,
         adapters: Mapping[str, Adapter] | None = None,
+        normalize: bool = False,
     ) -> None:
         if shortlist not in (None, "int4"):
             raise ValueError(f"shortlist is {shortlist!r}; expected 'int4' or None")
@@ -172,7 +175,7 @@ class LLM:
         if checkpoint.tokenizer is not None:
             eos_token = next(iter(self.config.eos_tokens), None)
             self._tokenizer = Tokenizer(
-                checkpoint.tokenizer, self.config.bos_token, checkpoint.chat_template, eos_token
+                checkpoint.tokenizer, self.config.bos_token, checkpoint.chat_template, eos_token, normalize
             )
 
     @property
@@ -286,7 +289,7 @@ class LLM:
             ValueError: neither of the two, or a text for a model without tokenizer.
         """
         if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
+            tokens = self.tokenizer.encode(self.tokenizer.prepare(prompt))
         else:
             for token in _items(prompt):
                 if not isinstance(token, Integral):
@@ -419,6 +422,7 @@ def load(
     shortlist: str | None = None,
     huge_pages: bool = True,
     adapters: Mapping[str, str | PathLike[str]] | None = None,
+    normalize: bool = False,
 ) -> LLM:
     """Load a model.
 
@@ -431,6 +435,7 @@ def load(
         shortlist: None or "int4"; see LLM.
         huge_pages: see LLM.
         adapters: folders of adapters, by names to ask for them with.
+        normalize: see LLM.
 
     Raises:
         ValueError: a damaged file, an adapter of another model, or an unknown kv_cache or shortlist.
@@ -444,7 +449,7 @@ def load(
     added = {
         name: adapter_format.read(folder, checkpoint.config) for name, folder in (adapters or {}).items()
     }
-    return LLM(checkpoint, threads, kv_cache, speculation, shortlist, huge_pages, added)
+    return LLM(checkpoint, threads, kv_cache, speculation, shortlist, huge_pages, added, normalize)
 
 
 def _items(prompt: Any) -> Sequence[Any]:

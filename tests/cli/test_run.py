@@ -90,6 +90,12 @@ def test_prompt_comes_from_a_pipe(llm, model, stdin):
     assert out == llm.generate("Once upon", max_tokens=12, seed=7).text + "\n"
 
 
+def test_normalize_leaves_out_what_nobody_sees(llm, model):
+    out, _ = run(model, *MAX_TOKENS, "--seed", "7", "--normalize", "Once  up\u00adon")
+    assert out == llm.generate("Once upon", max_tokens=12, seed=7).text + "\n"
+    assert out != run(model, *MAX_TOKENS, "--seed", "7", "Once  up\u00adon")[0]
+
+
 def test_an_empty_pipe_starts_from_nothing(llm, model):
     out, _ = run(model, *MAX_TOKENS, "--seed", "7")
     assert out == llm.generate("", max_tokens=12, seed=7).text + "\n"

@@ -49,12 +49,13 @@ def serve(folder, monkeypatch):
 
 def test_models_and_adapters_by_their_names(serve, capsys):
     service = serve(
-        "-m", "one.onebit", "-m", "other=two.onebit", "--adapter", "one:red=red", "--kv-cache", "int8"
+        "-m", "one.onebit", "-m", "other=two.onebit", "--adapter", "one:red=red", "--kv-cache", "int8", "--normalize"
     )
     assert [place.name for place in service.all_places()] == ["one", "other", "one:red"]
     assert service.find("red").served.name == "one"
     assert service.find(None).name == "one"
     assert service.served[0].llm.kv_cache == "int8"
+    assert all(served.llm.tokenizer.normalize for served in service.served)
     first, curl = capsys.readouterr().err.splitlines()
     assert first.startswith("onebit: http://127.0.0.1:") and "serves one, other" in first
     assert curl.startswith("curl http://127.0.0.1:") and "/v1/chat/completions" in curl

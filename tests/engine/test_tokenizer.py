@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from onebit.engine.tokenizer import Detokenizer, Tokenizer
+from onebit.engine.tokenizer import Detokenizer, Tokenizer, normalize
 
 TOKENIZER = Tokenizer(tiny.tokenizer_json(), eos_token=tiny.EOS)
 # Pieces of characters of two to four bytes, so that random texts are cut inside them.
@@ -163,3 +163,44 @@ def test_settings_for_batches_leave_a_prompt_whole():
 def test_a_tokenizer_that_fails_is_a_value_error(changes):
     with pytest.raises(ValueError, match="^tokenizer: "):
         Tokenizer(changed(**changes)).encode("Once upon a time")
+
+
+INVISIBLE = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("co\u00adop\u200ber\ufeffate", "cooperate"),
+        ("a \t\u00a0\u200b b", "a b"),
+        ("a \r\n b", "a\nb"),
+        ("a\r \r\n\u200d\n\n b ", "a\n\nb "),
+        (" \u00e9 e\u0301 \uff21", " \u00e9 e\u0301 \uff21"),
+        ("", ""),
+    ],
+)
+def test_what_nobody_sees_goes(text, normal):
+    assert normalize(text) == normal
+
+
+@given(st.text(st.sampled_from("ab\u00e9\U0001f600 \t\r\n\u00a0\u2028" + INVISIBLE)))
+def test_normalizing_keeps_every_character_that_is_seen(text):
+    def seen(text):
+        return [c for c in text if not c.isspace() and c not in INVISIBLE]
+
+    normal = normalize(text)
+    assert seen(normal) == seen(text) and normalize(normal) == normal
+    assert len(normal) <= len(text) and not set(normal) - set("ab\u00e9\U0001f600 \n")
+
+
+def test_only_what_users_write_is_normalized_and_only_if_asked():
+    template = "{% for m in messages %}\t\t{{ m.content }}{% endfor %}"
+    plain = Tokenizer(tiny.tokenizer_json(), None, template)
+    asked = Tokenizer(tiny.tokenizer_json(), None, template, normalize=True)
+    written = "the  do\u00adg"
+    chat = [{"role": "user", "content": written}, {"role": "user", "content": None}]
+    assert (plain.prepare(written), asked.prepare(written)) == (written, "the dog")
+    assert plain.render_chat(chat) == f"\t\t{written}\t\tNone"
+    assert asked.decode(asked.encode_chat(chat)) == "\t\tthe dog\t\tNone"
+    assert asked.encode(written) == plain.encode(written)
+    assert chat[0]["content"] == written

@@ -283,6 +283,26 @@ def test_tokenize_and_back(server, llm):
     }
 
 
+def test_a_server_that_normalizes_reads_every_text_so():
+    seen, written = "Once upon", "Once  up\u00ad\u200bon"
+    bodies = {
+        "/v1/completions": lambda text: {"prompt": text, "max_tokens": 3, "temperature": 0},
+        "/v1/chat/completions": lambda text: {
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": 3,
+            "temperature": 0,
+        },
+        "/tokenize": lambda text: {"prompt": text},
+    }
+    for normalize in (True, False):
+        with running({"tiny": tiny_llm(normalize=normalize)}) as here:
+            for path, body in bodies.items():
+                a, b = (here.post(path, body(text)).json() for text in (seen, written))
+                counts = [answer.get("count") or answer["usage"]["prompt_tokens"] for answer in (a, b)]
+                assert (counts[0] == counts[1]) == normalize, path
+                assert not normalize or a.get("choices") == b.get("choices")
+
+
 @pytest.mark.parametrize("blocks", [64, 5], ids=["roomy", "preempted"])
 def test_many_at_once_get_what_they_get_alone(llm, blocks):
     """In company, under preemption, with prefix hits and others who go away."""

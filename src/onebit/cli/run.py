@@ -54,6 +54,12 @@ def run(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
     ] = False,
+    normalize: Annotated[
+        bool,
+        typer.Option(
+            "--normalize", help="Prompts lose soft hyphens, zero-width characters and runs of white space."
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
     kv_cache: Annotated[
         str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
@@ -95,7 +101,7 @@ def run(
 
     path = None if model is None else ready(model)
     adapters = {} if adapter is None else {_ADAPTER: adapter}
-    llm = load(path, threads, kv_cache, speculation, shortlist, huge_pages, adapters)
+    llm = load(path, threads, kv_cache, speculation, shortlist, huge_pages, adapters, normalize)
     if is_chat:
         _chat(llm, params)
         return

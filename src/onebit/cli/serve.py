@@ -43,6 +43,12 @@ def serve(
     context: Annotated[
         int | None, typer.Option(help="Most tokens of a text; default: as many as the model has.")
     ] = None,
+    normalize: Annotated[
+        bool,
+        typer.Option(
+            "--normalize", help="Prompts lose soft hyphens, zero-width characters and runs of white space."
+        ),
+    ] = False,
     api_key: Annotated[
         list[str] | None, typer.Option(help="A key that opens the server; repeatable. Default: open.")
     ] = None,
@@ -86,14 +92,16 @@ def serve(
     )
     # Before a large model is loaded for a port that is taken.
     with listen(host, port) as sock:
-        models = _load(model or [], adapter or [], threads, kv_cache)
+        models = _load(model or [], adapter or [], threads, kv_cache, normalize)
         app = create_app(models, options, log_file)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         _welcome(f"http://{shown}:{sock.getsockname()[1]}", models, bool(options.api_keys))
         Server(app, grace).run([sock])
 
 
-def _load(models: list[str], adapters: list[str], threads: int | None, kv_cache: str) -> "dict[str, LLM]":
+def _load(
+    models: list[str], adapters: list[str], threads: int | None, kv_cache: str, normalize: bool
+) -> "dict[str, LLM]":
     """The models by their names, each with its adapters."""
     from onebit.cli.run import ready
     from onebit.llm import SHIPPED_MODEL, load
@@ -121,7 +129,13 @@ def _load(models: list[str], adapters: list[str], threads: int | None, kv_cache:
             raise ValueError(f"--adapter {given}: there is no model {base!r}; models: {', '.join(named)}")
         folders[base][short] = folder
     return {
-        name: load(None if path is None else ready(path), threads, kv_cache, adapters=folders[name])
+        name: load(
+            None if path is None else ready(path),
+            threads,
+            kv_cache,
+            adapters=folders[name],
+            normalize=normalize,
+        )
         for name, path in named.items()
     }
 

@@ -7,6 +7,7 @@ Knows nothing of models or requests.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,6 +20,26 @@ import tokenizers
 # What a decoder writes for bytes that are no character, or not yet.
 _INCOMPLETE = "\ufffd"
 
+# Soft hyphen, zero-width space, non-joiner, joiner, word joiner, byte-order mark.
+_INVISIBLE = re.compile("[\u00ad\u200b\u200c\u200d\u2060\ufeff]+")
+_LINE_BREAK = re.compile(r"\r\n?")
+_WHITE_SPACE = re.compile(r"\s+")
+
+
+def normalize(text: str) -> str:
+    """A text without what nobody sees of it.
+
+    Soft hyphens and zero-width characters (U+00AD, U+200B to U+200D, U+2060, U+FEFF) go. A run of white space becomes an
+    empty line where it holds two line breaks or more, one line break where it holds one, else one space. Nothing else
+    changes: no letter is composed or folded. Text that needs joiners (Persian, Indic scripts, some emoji), tables and
+    indented code lose by it.
+
+    Args:
+        text: any text.
+    """
+    text = _LINE_BREAK.sub("\n", _INVISIBLE.sub("", text))
+    return _WHITE_SPACE.sub(lambda run: "\n" * min(run[0].count("\n"), 2) or " ", text)
+
 
 class Tokenizer:
     """Encodes and decodes text; special tokens written out in a text are recognised.
@@ -28,6 +49,7 @@ class Tokenizer:
         bos_token: id put before every text, or None.
         chat_template: jinja2 source, or None.
         eos_token: id known to the chat template as `eos_token`, or None.
+        normalize: whether `prepare` changes texts.
 
     Raises:
         ValueError: data is no tokenizer.json.
@@ -39,6 +61,7 @@ class Tokenizer:
         bos_token: int | None = None,
         chat_template: str | None = None,
         eos_token: int | None = None,
+        normalize: bool = False,
     ) -> None:
         with _refusing("not a readable tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
@@ -48,6 +71,7 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
+        self.normalize = normalize
         # Tokens of bytes: the text of several is that of each, one after another, but for cut characters.
         self._is_bytewise = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._wholes: dict[int, str | None] = {}
@@ -61,6 +85,10 @@ class Tokenizer:
     def longest_token(self) -> int:
         """Characters of the longest token: a text of n tokens has at most n times as many."""
         return max(map(len, self._tokenizer.get_vocab()), default=1)
+
+    def prepare(self, text: str) -> str:
+        """What a user wrote as it is to be encoded: `normalize`d where that is asked for. Chats need no other call."""
+        return normalize(text) if self.normalize else text
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text, after the model's begin-of-sequence token if it has one.
@@ -126,6 +154,13 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise ValueError(f"chat message {message!r}: expected a dict with 'role' and 'content'")
+        if self.normalize:
+            messages = [
+                {**message, "content": normalize(message["content"])}
+                if isinstance(message["content"], str)
+                else message
+                for message in messages
+            ]
         try:
             text: str = self._template.render(
                 messages=list(messages),

@@ -220,7 +220,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
             if body.messages is not None:
                 return _encode_chat(place, body.messages, body.tools)
             _check_size(place, body.prompt or "", "prompt")
-            return tokenizer.encode(body.prompt or "", begin=body.add_special_tokens)
+            prompt = tokenizer.prepare(body.prompt or "")
+            return tokenizer.encode(prompt, begin=body.add_special_tokens)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 

@@ -31,6 +31,7 @@ class Arguments(BaseModel):
         threads: of each replica, and the CPUs that Ray sets aside for it.
         kv_cache: bf16, int8 or fp8.
         memory: for keys and values of each replica, as 2GiB.
+        normalize: prompts lose soft hyphens, zero-width characters and runs of white space.
         context: most tokens of a text; None: the model's.
         max_num_seqs: texts that a replica computes at once.
         max_queue: texts that may wait in a replica.
@@ -48,6 +49,7 @@ class Arguments(BaseModel):
     threads: int = Field(1, ge=1)
     kv_cache: str = "bf16"
     memory: ByteSize = ByteSize(2**30)
+    normalize: bool = False
     context: int | None = Field(None, ge=1)
     max_num_seqs: int = Field(64, ge=1)
     max_queue: int = Field(256, ge=0)
@@ -97,7 +99,8 @@ def app(args: Arguments) -> Any:
     def build() -> FastAPI:
         path = Path(args.model or SHIPPED_MODEL)
         name = args.name or path.name.removesuffix(".onebit").removesuffix(".gguf")
-        return create_app({name: load(args.model, args.threads, args.kv_cache)}, options)
+        llm = load(args.model, args.threads, args.kv_cache, normalize=args.normalize)
+        return create_app({name: llm}, options)
 
     size: dict[str, Any] = {"num_replicas": args.replicas}
     if args.max_replicas is not None:
