@@ -3,10 +3,11 @@
 import errno
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import tiny
-from onebit import convert, formats
+from onebit import LLM, convert, formats
 from onebit.checkpoint import quantize
 from onebit.conversion import distance
 
@@ -29,6 +30,27 @@ def test_a_faithful_conversion_has_no_distance(folder):
     assert "bit for bit" in found.describe() and not report.losses
     assert {what for what, _ in seen} == {"comparing", "verifying"}
     assert convert(folder / "run", folder / "y.onebit").distance is None
+
+
+@pytest.mark.parametrize("name", ["x.onebit", "x.gguf", "x"])
+def test_a_temperature_stays_with_the_model(tmp_path, name):
+    def logits(file):
+        return LLM(formats.read(tmp_path / file), threads=1).logits([5, 6, 7, 8])
+
+    formats.run.write(tiny.master(tiny.config(sub_norm=False, activation="silu")), tmp_path / "run")
+    options = {"encoding": "F32" if name == "x.gguf" else None, "allow_lossy": True}
+    convert(tmp_path / "run", tmp_path / name, **options)
+    before = logits(name)
+    for temperature, tolerance in ((2.0, 0), (0.5, 0), (1.3, 2e-4)):
+        report, _ = convert(tmp_path / "run", tmp_path / f"hot.{name}", **options, temperature=temperature)
+        assert f"logits are those of the source divided by {temperature:g}" in report.notes
+        assert (
+            abs(logits(f"hot.{name}") * np.float32(temperature) - before).max()
+            <= tolerance * abs(before).max()
+        )
+    for wrong in (0, -1, 1001, float("nan")):
+        with pytest.raises(ValueError, match="temperature is .*; expected a number from 0.001"):
+            convert(tmp_path / "run", tmp_path / name, temperature=wrong)
 
 
 def test_another_model_is_far_away():

@@ -340,6 +340,29 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, sha256={})
 
 
+def with_temperature(checkpoint: Checkpoint, temperature: float) -> Checkpoint:
+    """A model whose logits are those of another divided by a temperature, in every format and for every use.
+
+        gain of the last norm / temperature
+
+    The head rounds its input relative to the largest value, so that its codes stay the same but for float32's rounding
+    of the gains; for powers of two logits are exactly those.
+
+    Args:
+        checkpoint: any model.
+        temperature: above 1 makes it less sure of itself, below 1 more.
+
+    Raises:
+        ValueError: a temperature that is not between 1/1000 and 1000.
+    """
+    if not 1e-3 <= temperature <= 1e3:
+        raise ValueError(f"temperature is {temperature}; expected a number from 0.001 to 1000")
+    if temperature == 1:
+        return checkpoint
+    gain = to_dense(checkpoint.tensors["norm.weight"]) / np.float32(temperature)
+    return replace(checkpoint, tensors={**checkpoint.tensors, "norm.weight": gain}, sha256={})
+
+
 def to_dense(tensor: Tensor) -> Float32:
     """A tensor as float32: codes * scale of a packed one, any other unchanged."""
     return rows("", tensor)

@@ -86,6 +86,7 @@ def convert(
     allow_lossy: bool = False,
     verify: bool = False,
     progress: formats.Progress = lambda what, share: None,
+    temperature: float = 1.0,
 ) -> Converted:
     """Convert a model; arguments and errors are those of `onebit.formats.convert`.
 
@@ -97,12 +98,15 @@ def convert(
         allow_lossy: write also what changes values of the model.
         verify: run source and result on a probe text and compare logits and greedy text.
         progress: called now and then.
+        temperature: divides the logits of the result; 1 leaves them.
     """
     if verify and Path(dst).exists() and Path(src).exists() and Path(src).samefile(dst):
         raise ValueError(
             f"{dst}: would replace its source, which could not be compared then; choose another name"
         )
-    report = formats.convert(src, dst, encoding, head, allow_lossy, progress)
+    report = formats.convert(src, dst, encoding, head, allow_lossy, progress, temperature)
+    if temperature != 1:
+        report.notes.append(f"logits are those of the source divided by {temperature:g}")
     if not _has_same_tokens(report.source, report.made):
         report.notes.append("the tokenizer of the result makes other tokens of a text")
     if not verify:

@@ -49,7 +49,15 @@ def serve(folder, monkeypatch):
 
 def test_models_and_adapters_by_their_names(serve, capsys):
     service = serve(
-        "-m", "one.onebit", "-m", "other=two.onebit", "--adapter", "one:red=red", "--kv-cache", "int8", "--normalize"
+        "-m",
+        "one.onebit",
+        "-m",
+        "other=two.onebit",
+        "--adapter",
+        "one:red=red",
+        "--kv-cache",
+        "int8",
+        "--normalize",
     )
     assert [place.name for place in service.all_places()] == ["one", "other", "one:red"]
     assert service.find("red").served.name == "one"

@@ -44,6 +44,9 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and result, and compare logits and greedy text.")
     ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="Divide the logits of the result by this, for good; 1 leaves them.")
+    ] = 1.0,
     adapter: Annotated[
         Path | None, typer.Option(help="Merge this adapter into the weights; says what is lost by it.")
     ] = None,
@@ -69,14 +72,16 @@ def convert(
     from onebit.conversion import convert as run
 
     if adapter is not None:
-        if verify or allow_lossy:
-            raise ValueError("--adapter changes the model and says how; leave --verify and --allow-lossy out")
+        if verify or allow_lossy or temperature != 1:
+            raise ValueError(
+                "--adapter changes the model and says how; leave --verify, --allow-lossy and --temperature out"
+            )
         _merge(src, adapter, dst, data, scale, encoding, head)
         return
     if data is not None or scale != "keep":
         raise ValueError("--data and --scale are for --adapter; name its folder, or leave them out")
     with bar() as progress:
-        report, distance = run(src, dst, encoding, head, allow_lossy, verify, progress)
+        report, distance = run(src, dst, encoding, head, allow_lossy, verify, progress, temperature)
     console = Console(file=sys.stderr)
     console.print(changes_table(report))
     for change in report.losses:

@@ -29,10 +29,10 @@ _WHITE_SPACE = re.compile(r"\s+")
 def normalize(text: str) -> str:
     """A text without what nobody sees of it.
 
-    Soft hyphens and zero-width characters (U+00AD, U+200B to U+200D, U+2060, U+FEFF) go. A run of white space becomes an
-    empty line where it holds two line breaks or more, one line break where it holds one, else one space. Nothing else
-    changes: no letter is composed or folded. Text that needs joiners (Persian, Indic scripts, some emoji), tables and
-    indented code lose by it.
+    Soft hyphens and zero-width characters (U+00AD, U+200B to U+200D, U+2060, U+FEFF) go. A run of white space becomes
+    an empty line where it holds two line breaks or more, one line break where it holds one, else one space. Nothing
+    else changes: no letter is composed or folded. Text that needs joiners (Persian, Indic scripts, some emoji), tables
+    and indented code lose by it.
 
     Args:
         text: any text.

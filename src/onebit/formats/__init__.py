@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onebit.checkpoint import Checkpoint, Stored, codes, holds_codes, plan, rows
+from onebit.checkpoint import Checkpoint, Stored, codes, holds_codes, plan, rows, with_temperature
 from onebit.formats import gguf, hf, llama2c, native, run
 from onebit.formats.compare import Change, compare, kind_of
 from onebit.formats.hf import hub
@@ -177,6 +177,7 @@ def convert(
     head: str | None = None,
     allow_lossy: bool = False,
     progress: Progress = lambda what, share: None,
+    temperature: float = 1.0,
 ) -> Report:
     """Convert a model, one tensor after the other, and prove it: the result is read again and compared with the source.
 
@@ -188,6 +189,7 @@ def convert(
         allow_lossy: write also what changes values of the model. Rounding a master the way it was trained to be
             rounded is no loss.
         progress: called now and then.
+        temperature: divides the logits of the result; see `onebit.checkpoint.with_temperature`.
 
     Returns:
         What became of each part.
@@ -210,7 +212,7 @@ def convert(
         hf.check_replaceable(dst)
         if dst.exists() and Path(src).exists() and dst.samefile(src):
             raise ValueError(f"{dst}: is the source too, and would be lost; choose another folder")
-    source = read(src)
+    source = with_temperature(read(src), temperature)
     if dst.suffix.lower() == SUFFIX and not allow_lossy:
         # By the first rows of each matrix, before the work is done.
         if loss := _certain_loss(source, encoding, head):
