@@ -13,7 +13,7 @@ from onebit.checkpoint import quantize
 from onebit.cli.eval import eval as measure
 from onebit.eval import scoring
 from onebit.eval.texts import Windows, perplexity
-from onebit.llm import load
+from onebit.llm import LLM, load
 
 ITEM = "Dog: The dog ran. it\n1\nslept.\nran home.\nwas red.\nplayed.\n"
 
@@ -90,6 +90,31 @@ def test_the_answers_of_a_reference_are_kept(folder, capsys, monkeypatch):
     assert read(folder / "c.json")["results"][0]["distance"]["kl"]["value"] == 0
 
 
+def test_texts_are_written_under_each_setting_and_judged(folder, capsys, monkeypatch):
+    (folder / "prompts.txt").write_text("Once upon\n\nThe dog\n")
+    model, judge, out = str(folder / "tiny.onebit"), str(folder / "other.onebit"), folder / "out.json"
+    settings = {
+        "generate": folder / "prompts.txt",
+        "sampling": ["", "temperature=2,top_k=0,min_sigma=2"],
+        "judge": judge,
+        "max_tokens": 30,
+        "seeds": 2,
+        "threads": 1,
+        "out": out,
+    }
+    measure(model, **settings)
+    plain, cut = read(out)["results"]
+    assert (cut["kind"], cut["n_texts"], cut["settings"]["min_sigma"]) == ("samples", 4, 2.0)
+    assert plain["settings"]["temperature"] == 0.8 and plain["figures"] != cut["figures"]
+    shown = capsys.readouterr().out
+    for word in ("default", "3-grams", "entropy", "judge", f"{cut['figures']['entropy']['value']:.4g}"):
+        assert word in shown
+    first = read(out)
+    monkeypatch.setattr(LLM, "generate", None)
+    measure(model, **settings)
+    assert read(out) == first
+
+
 def test_a_task_goes_on_after_a_stop(folder, monkeypatch, capsys):
     from onebit.eval import tasks
 
@@ -120,7 +145,8 @@ def test_a_task_goes_on_after_a_stop(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing to measure: give --text FILE or --tasks NAMES"),
+        ({}, "nothing to measure: give --text FILE, --generate FILE or --tasks"),
+        ({"tasks": "hellaswag", "judge": "x"}, "--sampling and --judge are about texts that are written"),
         ({"tasks": "hellaswag", "against": "x"}, "--against compares models on a text"),
         ({"tasks": "hellaswag", "limit": 0}, "--limit is 0; expected at least 1"),
         ({"tasks": "hellaswag", "shots": -1}, "shots is -1"),

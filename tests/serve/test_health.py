@@ -1,4 +1,4 @@
-"""Exact and oracle: repetition by hand, entropy against all logits of the model, weights against their file."""
+"""Exact and oracle: entropy against all logits of the model, weights against their file."""
 
 import json
 import math
@@ -15,24 +15,8 @@ from onebit.engine.logits import entropy
 from onebit.engine.sampling import SamplingParams
 from onebit.formats import native
 from onebit.llm import LLM
-from onebit.serve.health import (
-    LEAST_TOKENS,
-    MOST_TOKENS,
-    CacheLook,
-    WeightCheck,
-    kv_entropy,
-    repetition,
-)
+from onebit.serve.health import CacheLook, WeightCheck, kv_entropy
 from serve.running import running, tiny_llm
-
-
-def test_repetition_counts_trigrams_that_were_there_before():
-    assert repetition(range(20)) == 0
-    assert repetition([1, 2, 3, 4] * 5) == pytest.approx(1 - 4 / 18)
-    assert repetition([7] * LEAST_TOKENS) == pytest.approx(1 - 1 / (LEAST_TOKENS - 2))
-    assert repetition(range(LEAST_TOKENS - 1)) is None
-    # Only the end of a long text counts.
-    assert repetition([7] * 5000 + list(range(MOST_TOKENS))) == 0
 
 
 @pytest.mark.parametrize(

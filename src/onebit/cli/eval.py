@@ -1,4 +1,4 @@
-"""`onebit eval`: how well a model predicts texts, how far it is from another, and what it reaches in tasks."""
+"""`onebit eval`: how well a model predicts texts, how far it is from another, what it writes and reaches in tasks."""
 
 import sys
 from collections.abc import Iterator
@@ -46,7 +46,11 @@ def eval(
         ),
     ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Read only so many of the first tokens of a text.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Read only so many of the first tokens of a text; of --generate write at most so many, 200.",
+            show_default=False,
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -57,6 +61,24 @@ def eval(
     keep: Annotated[
         int, typer.Option(help="Tokens of the reference that are kept for each position, 8 bytes each.")
     ] = 256,
+    generate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Continue the prompts in this file, one a line; measure repetition, words, entropy.",
+            show_default=False,
+        ),
+    ] = None,
+    sampling: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --generate: temperature=1,min_sigma=2; the rest is as in onebit run; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="With --generate: bits per byte of the texts by this model.", show_default=False),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness: hellaswag,arc_easy,...", show_default=False),
@@ -75,7 +97,9 @@ def eval(
         int | None,
         typer.Option(help="Examples before every item; default: the task's own.", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How often examples are drawn, where they are.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(help="How often examples are drawn, where they are; texts of each prompt.")
+    ] = 3,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -88,18 +112,22 @@ def eval(
         str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
     ] = "bf16",
 ) -> None:
-    """Measure a model: perplexity of texts, distance from another model, tasks.
+    """Measure a model: perplexity of texts, distance from another model, texts that it writes, tasks.
 
     Example: onebit eval model.gguf --text wiki.test.raw.xz --like-llama-cpp
 
     Example: onebit eval model.onebit --text wiki.test.raw.xz --against model.gguf
 
+    Example: onebit eval --generate prompts.txt --sampling temperature=0.8 --sampling temperature=0.8,min_sigma=2
+
     Example: onebit eval model.onebit --tasks hellaswag,piqa --data data --limit 200 --out results.json
     """
-    if not text and not tasks:
-        raise ValueError("nothing to measure: give --text FILE or --tasks NAMES, or both")
+    if not text and not tasks and not generate:
+        raise ValueError("nothing to measure: give --text FILE, --generate FILE or --tasks NAMES, or several")
     if against and not text:
         raise ValueError("--against compares models on a text; give --text FILE")
+    if (sampling or judge) and not generate:
+        raise ValueError("--sampling and --judge are about texts that are written; give --generate FILE")
     for name, number in (("--limit", limit), ("--max-tokens", max_tokens), ("--seeds", seeds)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; expected at least 1")
@@ -109,6 +137,7 @@ def eval(
 
     from onebit.cli.bar import bar
     from onebit.cli.run import ready
+    from onebit.eval.samples import setting
     from onebit.eval.session import Session
     from onebit.eval.texts import Windows, read_text
     from onebit.llm import SHIPPED_MODEL, load
@@ -116,12 +145,17 @@ def eval(
 
     # What can be wrong is read before anything that takes long.
     texts = [(str(file), read_text(file)) for file in text or ()]
+    prompts = [line for line in read_text(generate).splitlines() if line.strip()] if generate else []
+    if generate and not prompts:
+        raise ValueError(f"{generate}: holds no prompt; expected one a line")
+    settings = [(given, setting(given, max_tokens or 200)) for given in sampling or [""]] if generate else []
     chosen = _choose(names, data, shots) if names else []
     path = SHIPPED_MODEL if model is None else ready(model)
     llm = load(path, threads, kv_cache)
     results = Results(out, model_facts(llm, model or path.name, path))
     windows = Windows.of(llm, window, stride, bos, like_llama_cpp) if texts else None
     reference = None if against is None else ready(against)
+    reader = None if judge is None else ready(judge)
     console = Console()
     try:
         with bar() as progress:
@@ -133,6 +167,10 @@ def eval(
                 else:
                     found = session.against(name, content, windows, against, reference, keep, max_tokens)
                 console.print(_text_table(found, llm.label))
+            written = [
+                (given, session.samples(str(generate), prompts, params, seeds, judge, reader))
+                for given, params in settings
+            ]
             found_tasks = [session.task(task, limit, seeds) for task in chosen]
     except KeyboardInterrupt:
         if out is None:
@@ -140,6 +178,8 @@ def eval(
         results.write()
         print("onebit: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
+    if written:
+        console.print(_samples_table(str(generate), written, llm.label))
     if found_tasks:
         console.print(_tasks_table(found_tasks, llm.label))
     for note in [note for found in found_tasks for note in _notes(found)]:
@@ -176,6 +216,36 @@ def _text_table(found: dict[str, Any], label: str) -> "Table":
     table.caption = (
         f"{found['n_scored']:,} of {found['n_tokens']:,} tokens count, in {found['n_windows']:,} windows of "
         f"{settings['window']}, {kind}, {bos}; {_speed(found)}"
+    )
+    return table
+
+
+def _samples_table(name: str, written: list[tuple[str, dict[str, Any]]], label: str) -> "Table":
+    from onebit.cli.info import new_table
+
+    names = {
+        "repetition": "3-grams repeated",
+        "distinct_words": "distinct words",
+        "entropy": "entropy, nats",
+        "judge_bits_per_byte": "judge, bits per byte",
+    }
+    shown = {key: head for key, head in names.items() if key in written[0][1]["figures"]}
+    table = new_table(name, *shown.values())
+    for given, found in written:
+        cells = []
+        for key in shown:
+            is_share = key in ("repetition", "distinct_words")
+            figure = found["figures"].get(key)
+            half = figure and figure["stderr"] is not None and (figure["high"] - figure["low"]) / 2
+            value = _number(figure and figure["value"], is_share)
+            cells.append(f"{value} ± {_number(half, is_share)}" if half else value)
+        table.add_row(given or "default", *cells)
+    found = written[0][1]
+    settings = found["settings"]
+    judge = f", judged by {settings['judge']}" if settings["judge"] else ""
+    table.caption = (
+        f"{label}: {found['n_texts']:,} texts of each setting, of up to {settings['max_tokens']} tokens, seeds 0 to "
+        f"{settings['seeds'] - 1}{judge}; ± 95 %"
     )
     return table
 

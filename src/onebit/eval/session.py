@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onebit.engine.sampling import SamplingParams
 from onebit.eval import divergence as distances
 from onebit.eval.divergence import Answers
 from onebit.eval.figures import Figure
+from onebit.eval.samples import NAMES, samples
 from onebit.eval.scoring import Scorer
 from onebit.eval.texts import Perplexity, Windows, perplexity
 from onebit.formats import Progress, cache
@@ -42,6 +44,7 @@ class Session:
         self.results = results
         self.progress = progress
         self._n_tokens = 0
+        self._judge: LLM | None = None
 
     def text(self, name: str, text: str, windows: Windows, limit: int | None = None) -> Result:
         """Perplexity and bits per byte of a text; arguments are those of `onebit.eval.texts.perplexity`.
@@ -112,6 +115,48 @@ class Session:
             | {"distance": _json(figures), "reference_figures": _facts(found.reference)["figures"]}
             | facts,
         )
+
+    def samples(
+        self,
+        name: str,
+        prompts: list[str],
+        params: SamplingParams,
+        n_seeds: int,
+        judge: str | None = None,
+        path: Path | None = None,
+    ) -> Result:
+        """Measure texts that the model writes; see `onebit.eval.samples.samples`.
+
+        Args:
+            name: what the prompts are called.
+            prompts: what texts begin with.
+            params: how tokens are chosen.
+            n_seeds: texts of each prompt, with seeds from 0 on.
+            judge: what the model that reads them is called, or None.
+            path: its file or folder, which runs as it is.
+        """
+        settings = {field: getattr(params, field) for field in ("max_tokens", *NAMES)} | {
+            "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "seeds": n_seeds,
+            "judge": judge,
+            "judge_sha256": path and cache.sha256(path),
+        }
+        if (known := self.results.find("samples", name, settings)) is not None:
+            return known
+        if path is not None and self._judge is None:
+            self._judge = load(path, self.llm.model.threads)
+        with self._timed() as facts:
+            found = samples(
+                self.llm,
+                prompts,
+                params,
+                range(n_seeds),
+                self._judge if path else None,
+                self._count,
+                lambda share: self.progress(name, share),
+            )
+        rest = {"figures": _json(found.figures), "n_texts": found.n_texts, "n_tokens": found.n_tokens}
+        return self.results.add("samples", name, settings, rest | facts)
 
     def task(self, chosen: "Chosen", limit: int | None, n_seeds: int) -> Result:
         """Ask all items of a task; arguments are those of `onebit.eval.tasks.run`.

@@ -14,11 +14,11 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from onebit.engine.diversity import repetition
 from onebit.engine.engine import Generation
 from onebit.serve.forms import Form
 from onebit.serve.gate import Record
 from onebit.serve.grammar import GrammarError
-from onebit.serve.health import repetition
 from onebit.serve.protocol import ApiError, Sampling
 from onebit.serve.runner import Job, Piece, Ticket
 from onebit.serve.service import Place

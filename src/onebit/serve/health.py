@@ -1,10 +1,8 @@
-"""Whether a model is well: does it repeat itself, how sure is it, what do its layers see, are its weights intact.
+"""Whether a model is well: what do its layers see, are its weights intact.
 
-None of it reads a text. The first two are told of each request that has ended. Of what layers see, the engine counts
-codes, and `CacheLook` reads a block of keys and values now and then. A thread hashes the weights in memory, a little at
-a time.
+None of it reads a text. Of what layers see, the engine counts codes, and `CacheLook` reads a block of keys and values
+now and then. A thread hashes the weights in memory, a little at a time.
 
-    repetition(generation.generated)        # 0.03
     kv_entropy(engine.read_block(0, 0))     # (7.4, 7.6)
     check = WeightCheck(checkpoint, on_pass=print)
     check.start()
@@ -14,7 +12,7 @@ a time.
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -27,9 +25,6 @@ from onebit.quant import quantize_a8
 
 # One step in so many has a row of all logits, for the entropy, and its codes counted.
 PROBE_EVERY = 100
-# Fewer tokens say nothing, and the last ones of a long text say it all.
-LEAST_TOKENS = 16
-MOST_TOKENS = 1024
 # Seconds from a look at the cache to the next, each at one layer.
 LOOK_S = 1.0
 # Hashed at a time: short enough to hold up no step for long.
@@ -38,20 +33,6 @@ PIECE_BYTES = 2**18
 REST = 400
 # From one pass to the next, for small models.
 PERIOD_S = 600
-
-
-def repetition(tokens: Sequence[int]) -> float | None:
-    """Share of 3-grams that were there before, of the last 1,024 tokens; None for fewer than 16.
-
-        1 - distinct 3-grams / 3-grams
-
-    Args:
-        tokens: generated ones.
-    """
-    last = tokens[-MOST_TOKENS:]
-    if len(last) < LEAST_TOKENS:
-        return None
-    return 1 - len(set(zip(last, last[1:], last[2:], strict=False))) / (len(last) - 2)
 
 
 def kv_entropy(block: Float32) -> tuple[float, float]:
