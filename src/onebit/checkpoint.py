@@ -359,8 +359,10 @@ def with_temperature(checkpoint: Checkpoint, temperature: float) -> Checkpoint:
         raise ValueError(f"temperature is {temperature}; expected a number from 0.001 to 1000")
     if temperature == 1:
         return checkpoint
-    gain = to_dense(checkpoint.tensors["norm.weight"]) / np.float32(temperature)
-    return replace(checkpoint, tensors={**checkpoint.tensors, "norm.weight": gain}, sha256={})
+    tensors = dict(checkpoint.tensors)
+    tensors["norm.weight"] = to_dense(tensors["norm.weight"]) / np.float32(temperature)
+    provenance = checkpoint.provenance | {"head_temperature": temperature}
+    return replace(checkpoint, tensors=tensors, provenance=provenance, sha256={})
 
 
 def to_dense(tensor: Tensor) -> Float32:

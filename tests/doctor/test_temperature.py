@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from onebit import formats
+from onebit.checkpoint import with_temperature
 from onebit.doctor import temperature
-from onebit.doctor.temperature import apply, calibration_error, fit, inverse_temperature, judge
+from onebit.doctor.temperature import calibration_error, fit, inverse_temperature, judge
 from onebit.eval.figures import Figure
 from onebit.llm import LLM, SHIPPED_MODEL
 
@@ -56,7 +57,7 @@ def test_a_factor_on_all_logits_comes_back(llm, text):
     # The text is drawn from the model: it is as sure as it is right.
     assert found.temperature.low < 1.02 and found.temperature.high > 0.98
     for factor in (0.6, 1.7):
-        changed = LLM(apply(llm.checkpoint, 1 / factor), threads=1, speculation=False)
+        changed = LLM(with_temperature(llm.checkpoint, 1 / factor), threads=1, speculation=False)
         again = fit(changed, text)
         assert again.temperature.value == pytest.approx(factor * found.temperature.value, rel=0.005)
         assert again.nll_after.value == pytest.approx(found.nll_after.value, rel=1e-3)
@@ -66,7 +67,7 @@ def test_a_factor_on_all_logits_comes_back(llm, text):
 
 
 def test_the_last_norm_carries_a_temperature(llm, tmp_path):
-    cooled = apply(llm.checkpoint, 1.25)
+    cooled = with_temperature(llm.checkpoint, 1.25)
     formats.write(cooled, tmp_path / "cooled.onebit")
     again = LLM(formats.read(tmp_path / "cooled.onebit"), threads=1, speculation=False)
     ids = llm.tokenizer.encode("Once upon a time there was a dog")
@@ -81,7 +82,7 @@ def test_a_temperature_of_a_master(llm):
     import tiny
 
     whole = tiny.master()
-    changed = apply(whole, 2.0)
+    changed = with_temperature(whole, 2.0)
     assert np.array_equal(changed.tensors["norm.weight"] * 2, whole.tensors["norm.weight"])
 
 

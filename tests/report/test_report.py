@@ -35,7 +35,7 @@ def top(kind, name, sha, label, cpu):
 
 
 def evaluation(name="stories.onebit", sha=SHA, label=LABEL, value=1.1012345, cpu="EPYC One"):
-    """A file of `onebit eval`: a text, a distance, a task."""
+    """A file of `onebit eval`: a text, a distance, written texts under two settings, a task."""
     text = {
         "kind": "text",
         "name": "texts/held-out.txt",
@@ -62,7 +62,26 @@ def evaluation(name="stories.onebit", sha=SHA, label=LABEL, value=1.1012345, cpu
         "seeds": [], "by_seed": [], "tasks": {"blimp_causative": {"acc": 0.6125}},
         "seconds": 4.125, "computed_tokens": 28765, "command": "onebit eval --tasks blimp --limit 10",
     }  # fmt: skip
-    return top(reading.EVAL, name, sha, label, cpu) | {"results": [text, distance, task], "unfinished": {}}
+    plain = {
+        "kind": "samples",
+        "name": "texts/prompts.txt",
+        "settings": {
+            "max_tokens": 80, "temperature": 1.0, "min_sigma": 0.0, "prompts_sha256": "e5" * 32, "seeds": 3,
+            "judge": "folder/judge.gguf", "judge_sha256": "f6" * 32,
+        },
+        "figures": {
+            "repetition": figure(0.0128), "distinct_words": figure(0.7235), "entropy": figure(2.6772),
+            "judge_bits_per_byte": figure(1.5276),
+        },
+        "n_texts": 72, "n_tokens": 5707, "seconds": 4.0625, "computed_tokens": 12345,
+        "command": "onebit eval --generate texts/prompts.txt --sampling temperature=1",
+    }  # fmt: skip
+    cut = copy.deepcopy(plain) | {
+        "command": "onebit eval --generate texts/prompts.txt --sampling min_sigma=2"
+    }
+    cut["settings"]["min_sigma"] = 2.25
+    results = [text, distance, plain, cut, task]
+    return top(reading.EVAL, name, sha, label, cpu) | {"results": results, "unfinished": {}}
 
 
 def speeds(engine, factor, label_of_engine):
@@ -304,7 +323,7 @@ def test_a_label_that_is_hostile_reaches_pictures_as_text(made):
         (json.dumps(evaluation()).replace("19.9187", "9" * 5000), "a.json: "),
         (json.dumps(evaluation()).replace("19.9187", '"19.9187"'), "where a number is expected"),
         (json.dumps(evaluation()).replace("19.9187", "true"), "where a number is expected"),
-        (json.dumps(evaluation()).replace('"kind": "task"', '"kind": "speed"'), "expected text or distance or task"),
+        (json.dumps(evaluation()).replace('"kind": "task"', '"kind": "speed"'), "expected text or distance"),
         (json.dumps(evaluation()).replace('"figures"', '"figure"'), "result 1, 'figures', is no object"),
         (json.dumps(evaluation()).replace('"label"', '"lable"'), "'label'"),
         ("[" * 100_000, "nested too deep"),
@@ -391,7 +410,7 @@ def test_only_what_was_measured_alike_shares_a_table(write):
         result["settings"]["stride"] = 512
     found = tables.quality(subjects_of(write, evaluation(), other), False)
     assert [(table.title.partition(" ")[0], len(table.rows)) for table in found] == [
-        ("Text:", 1), ("Text:", 1), ("Distance", 1), ("Distance", 1), ("Tasks", 4),
+        ("Text:", 1), ("Text:", 1), ("Distance", 1), ("Distance", 1), ("Texts", 4), ("Tasks", 4),
     ]  # fmt: skip
 
 

@@ -137,6 +137,7 @@ def _of_text(
 ) -> "list[Finding]":
     """What reading a text tells of a model."""
     from onebit import formats
+    from onebit.checkpoint import with_temperature
     from onebit.doctor import temperature, variants
     from onebit.formats import cache
     from onebit.llm import load
@@ -163,7 +164,7 @@ def _of_text(
             raise
         return [*found, temperature.unfitted(error, name)]
     if out is not None:
-        changed = temperature.apply(llm.checkpoint, fitted.temperature.value)
+        changed = with_temperature(llm.checkpoint, fitted.temperature.value)
         formats.write(changed, out)
     return [*found, temperature.judge(fitted, name, str(text))]
 

@@ -2,20 +2,19 @@
 
     found = fit(llm, text)
     found.temperature, found.nll_before, found.nll_after
-    calibrated = apply(llm.checkpoint, found.temperature.value)
+    calibrated = with_temperature(llm.checkpoint, found.temperature.value)
 
 Dividing all logits by one number changes no order of tokens: greedy texts stay as they are. What changes are
 probabilities, so perplexity, sampled texts, and the choice among answers of several tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from onebit.checkpoint import Checkpoint, rows
 from onebit.doctor.finding import Finding, command
 from onebit.engine.memory import available_bytes
 from onebit.engine.model import Float32, Int32
@@ -37,8 +36,6 @@ STEPS, PRECISION = 40, 1e-6
 BINS = 15
 # Nats per token from which it is worth a word.
 WORTH = 0.005
-
-_NORM = "norm.weight"
 
 
 @dataclass(frozen=True)
@@ -169,20 +166,6 @@ def calibration_error(sure_N: Float64, right_N: Float64) -> Figure:
     places = range(0, len(sure_N), run)
     runs = [np.stack([sure_N[i : i + run], right_N[i : i + run]]) for i in places]
     return bootstrap(runs, lambda drawn: _ece(np.concatenate(drawn, axis=1)))
-
-
-def apply(checkpoint: Checkpoint, temperature: float) -> Checkpoint:
-    """The model with all logits divided by a temperature: its last norm carries it, in every format.
-
-        head(norm(x) w / T) = head(norm(x) w) / T
-
-    Args:
-        checkpoint: any.
-        temperature: above 0.
-    """
-    weight = rows(_NORM, checkpoint.tensors[_NORM]) / np.float32(temperature)
-    provenance = checkpoint.provenance | {"head_temperature": temperature}
-    return replace(checkpoint, tensors=checkpoint.tensors | {_NORM: weight}, provenance=provenance, sha256={})
 
 
 def unfitted(error: ValueError, model: str) -> Finding:

@@ -22,7 +22,7 @@ MAX_NUMBER = 1e100
 # What no name needs and what could change how a page reads: control characters, lone surrogates, and the
 # characters that turn the direction of writing.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-_KINDS = {EVAL: ("text", "distance", "task"), BENCH: ("speed",)}
+_KINDS = {EVAL: ("text", "distance", "samples", "task"), BENCH: ("speed",)}
 _BOUNDS = ("value", "low", "high")
 
 

@@ -14,6 +14,9 @@ from onebit.report.words import Number
 
 _Of = tuple[File, Result]
 
+# Settings of written texts that may be compared.
+_SAMPLES = ("prompts_sha256", "seeds", "max_tokens", "judge_sha256")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -78,7 +81,7 @@ class Table:
 
 
 def quality(subjects: Subjects, mix: bool) -> list[Table]:
-    """The tables of texts, distances and tasks.
+    """The tables of texts, distances, texts that were written, and tasks.
 
     Raises:
         ValueError: models of different labels in one of them, unless `mix`.
@@ -86,6 +89,7 @@ def quality(subjects: Subjects, mix: bool) -> list[Table]:
     return [
         *_grouped(subjects, mix, "text", text_key, _text_table),
         *_grouped(subjects, mix, "distance", _distance_key, _distance_table),
+        *_grouped(subjects, mix, "samples", _samples_key, _samples_table),
         *_grouped(subjects, mix, "task", lambda result: "", _task_table),
     ]
 
@@ -197,6 +201,34 @@ def _distance_table(subjects: Subjects, group: list[_Of]) -> Table:
     )
     reference = words.plain(result.settings.get("reference"))
     return Table(f"Distance from {tail(reference)} on {tail(result.name)}", _cut(result), rows)
+
+
+def _samples_key(result: Result) -> str:
+    return repr([result.settings.get(name) for name in _SAMPLES])
+
+
+def _samples_table(subjects: Subjects, group: list[_Of]) -> Table:
+    result = group[0][1]
+    common = common_settings(r for _, r in group) if len(group) > 1 else {}
+    skipped = {*common, *_SAMPLES, "judge"}
+    figures = dict.fromkeys(name for _, r in group for name in r.figures)
+    rows = tuple(
+        _row(
+            file,
+            r,
+            *_model_cells(subjects, file),
+            Cell("sampling", settings({k: v for k, v in r.settings.items() if k not in skipped})),
+            *(_figure(name, r.figures.get(name)) for name in figures),
+        )
+        for file, r in group
+    )
+    s = result.settings
+    caption = (
+        f"up to {words.plain(s.get('max_tokens'))} tokens, {words.plain(s.get('seeds'))} texts of each prompt"
+    )
+    if s.get("judge") is not None:
+        caption += f", judged by {tail(words.plain(s['judge']))}"
+    return Table(f"Texts written after {tail(result.name)}", caption, rows)
 
 
 def _task_table(subjects: Subjects, group: list[_Of]) -> Table:
