@@ -11,6 +11,8 @@ import llama_cpp as lib
 import numpy as np
 
 PROMPT = 512
+# The library keeps it for as long as the process runs.
+_QUIET = lib.llama_log_callback(lambda *_: None)
 
 
 class Llama:
@@ -22,8 +24,7 @@ class Llama:
     """
 
     def __init__(self, path: str, threads: int) -> None:
-        self._quiet = lib.llama_log_callback(lambda *_: None)
-        lib.llama_log_set(self._quiet, None)
+        lib.llama_log_set(_QUIET, None)
         started = time.perf_counter()
         lib.llama_backend_init()
         self._model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
