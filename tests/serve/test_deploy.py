@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onebit.serve.health import LEAST_TOKENS
+from onebit.engine.diversity import LEAST_TOKENS
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
