@@ -9,12 +9,10 @@ import os
 import platform
 import time
 from collections.abc import Set
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from onebit.bench import clock
+from onebit.bench.engines.memory import Memory
 from onebit.doctor import system
 from onebit.doctor.finding import Finding, Severity, listed
 from onebit.doctor.system import Neighbours
@@ -287,25 +285,15 @@ def memory_nodes(number: int) -> Finding | None:
 
 
 def bandwidth(n_threads: int, seconds: float, available: int | None) -> float:
-    """Bytes per second that threads read from memory: the best of several passes over more than the caches hold.
+    """Bytes per second that threads read from memory, of more than the caches hold; as `onebit bench` measures it.
 
     Args:
         n_threads: that read, each its part.
-        seconds: to go on for, two passes at least.
+        seconds: to go on for.
         available: bytes of memory for this process, or None where that is not known.
     """
     size = READ_BYTES if available is None else min(READ_BYTES, available // 4)
-    parts = np.array_split(np.ones(size // 8, np.int64), n_threads)
-    best, end = 0.0, time.perf_counter() + seconds
-    with ThreadPoolExecutor(n_threads) as pool:
-        # The first pass finds the pages.
-        list(pool.map(np.max, parts))
-        while not best or time.perf_counter() < end:
-            begin = time.perf_counter()
-            # The largest number: the one reduction that numpy does as fast as memory delivers.
-            list(pool.map(np.max, parts))
-            best = max(best, size / (time.perf_counter() - begin))
-    return best
+    return Memory(size, n_threads).bandwidth(n_threads, seconds)
 
 
 def reads_per_second(
