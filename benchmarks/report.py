@@ -5,42 +5,14 @@ A comparison is made round by round, between neighbours in time; what is reporte
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from plan import FRESH, LLAMA, MACHINE, OURS, UNITS, Facts, Task, task
 
-from onebit.bench.foreign import LIMIT, Usage
-
-
-@dataclass
-class Series:
-    """One measurement over all rounds, in its unit.
-
-    Args:
-        values: one for each round, None where it failed.
-        usages: of the processors by others, as far as known.
-        reason: why values are missing.
-    """
-
-    values: list[float | None] = field(default_factory=list)
-    usages: list[Usage] = field(default_factory=list)
-    reason: str = ""
-
-    @property
-    def measured(self) -> list[float]:
-        return [value for value in self.values if value is not None]
-
-    @property
-    def foreign(self) -> float | None:
-        """Mean share of all processors that others used."""
-        return sum(u.foreign for u in self.usages) / len(self.usages) if self.usages else None
-
-    @property
-    def is_disturbed(self) -> bool:
-        return (self.foreign or 0) > LIMIT
-
+from onebit.bench.figures import Series
+from onebit.bench.foreign import LIMIT
 
 Results = dict[Task, Series]
 

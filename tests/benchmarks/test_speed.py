@@ -35,7 +35,7 @@ def results(disturbed=()):
         task(TQ2, "decode", 2): [10.0, 25.0, 20.0],
         task(OURS, "decode", 2, context=8192, kv_cache="int8"): [20.0, 25.0, None],
     }
-    return {t: report.Series(v, [LOUD if t in disturbed else QUIET] * 3) for t, v in values.items()}
+    return {t: report.Series(v, usages=[LOUD if t in disturbed else QUIET] * 3) for t, v in values.items()}
 
 
 def find(found, words):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from onebit.bench.foreign import Usage
+from onebit.bench.foreign import LIMIT, Usage
 
 # Units, and whether more is better; in the order of the table.
 UNITS = {
@@ -57,6 +57,11 @@ class Series:
     def foreign(self) -> float | None:
         """Mean share of all processors that others used."""
         return sum(u.foreign for u in self.usages) / len(self.usages) if self.usages else None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether others used so much that the figure is not to be quoted."""
+        return (self.foreign or 0) > LIMIT
 
 
 def figure(key: Key, series: Series, ours: Series | None = None) -> dict[str, Any]:

@@ -403,7 +403,7 @@ class Session:
                 words = f"{key.engine}: {key.name}, context {options['context']}, batch {options['batch']}"
                 self.missing[words] = series.reason
         conditions, watched = self.conditions, [s for s in self.series.values() if s.usages]
-        disturbed = [series for series in watched if (series.foreign or 0) > LIMIT]
+        disturbed = [series for series in watched if series.is_disturbed]
         if disturbed:
             conditions.warnings.append(
                 f"others used more than {LIMIT:.0%} of the processors in {len(disturbed)} of {len(watched)} figures"

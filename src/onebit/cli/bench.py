@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onebit.cli.sizes import parse_bytes
+from onebit.cli.arguments import KvCache, Model, Threads, parse_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,14 +25,7 @@ _WORDS = {
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
-            "default: the shipped model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +56,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times that everything is measured; below 5 is a look.")] = 5,
     seconds: Annotated[float, typer.Option(help="Of each measurement, about.")] = 0.3,
-    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
+    threads: Threads = None,
     pin: Annotated[
         str | None,
         typer.Option(
@@ -79,9 +72,7 @@ def bench(
         str | None,
         typer.Option(help="Address space that each engine may take, as in 4GiB.", show_default=False),
     ] = None,
-    kv_cache: Annotated[
-        str, typer.Option(help="Numbers of our key-value cache: bf16, int8 or fp8.")
-    ] = "bf16",
+    kv_cache: KvCache = "bf16",
     out: Annotated[
         Path | None, typer.Option(help="File of results (.json) of this run.", show_default=False)
     ] = None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onebit.cli.arguments import Model, Threads
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,14 +20,7 @@ _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "gree
 
 
 def doctor(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
-            "default: the shipped model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     results: Annotated[
         list[Path] | None,
         typer.Option(
@@ -49,7 +44,7 @@ def doctor(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Look for what is wrong with this machine, a model, or results; every finding has its evidence and a command.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onebit.cli.arguments import KvCache, Model, Threads
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -14,14 +16,7 @@ if TYPE_CHECKING:
 
 
 def eval(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
-            "default: the shipped model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -107,10 +102,8 @@ def eval(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
-    kv_cache: Annotated[
-        str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
-    ] = "bf16",
+    threads: Threads = None,
+    kv_cache: KvCache = "bf16",
 ) -> None:
     """Measure a model: perplexity of texts, distance from another model, texts that it writes, tasks.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onebit.cli.arguments import Model
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -19,14 +21,7 @@ _MAX_CELL = 200
 
 
 def info(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
-            "default: the shipped model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every byte of a .onebit file against its hashes.")
     ] = False,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from onebit.cli.arguments import KvCache, Threads
+
 if TYPE_CHECKING:
     from onebit.engine.sampling import SamplingParams
     from onebit.llm import LLM, Output, Prompt
@@ -60,10 +62,8 @@ def run(
             "--normalize", help="Prompts lose soft hyphens, zero-width characters and runs of white space."
         ),
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
-    kv_cache: Annotated[
-        str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
-    ] = "bf16",
+    threads: Threads = None,
+    kv_cache: KvCache = "bf16",
     speculation: Annotated[
         bool, typer.Option(help="Guess repeated tokens ahead; the text is the same.")
     ] = True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onebit.cli.sizes import parse_bytes
+from onebit.cli.arguments import KvCache, Threads, parse_bytes
 
 if TYPE_CHECKING:
     from onebit.llm import LLM
@@ -26,7 +26,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
+    threads: Threads = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,9 +36,7 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(help="Texts computed at once.")] = 64,
     max_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 512,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused with 429.")] = 256,
-    kv_cache: Annotated[
-        str, typer.Option(help="Numbers of the key-value cache: bf16, int8 or fp8.")
-    ] = "bf16",
+    kv_cache: KvCache = "bf16",
     memory: Annotated[str, typer.Option(help="For keys and values of each model, as 2GiB or 500M.")] = "1GiB",
     context: Annotated[
         int | None, typer.Option(help="Most tokens of a text; default: as many as the model has.")
