@@ -78,6 +78,13 @@ def test_cpus_to_bind_to(monkeypatch):
     assert len(conditions.parse_cpus("auto", 2)) == 2
     with pytest.raises(ValueError, match="names CPU 4; this process may use 0, 1, 2, 3, 6"):
         conditions.parse_cpus("3-4", 1)
+    # Refused at once, not after billions of numbers.
+    with pytest.raises(ValueError, match="names CPU 4;"):
+        conditions.parse_cpus(f"3-{10**18}", 1)
+    with pytest.raises(ValueError, match=f"names CPU {10**18};"):
+        conditions.parse_cpus(f"{10**18}-{10**19}", 1)
+    with pytest.raises(ValueError, match="'3-2'; expected a range from the least CPU"):
+        conditions.parse_cpus("3-2", 1)
     for text in ("", "a", "1-", "1,,2", "-1"):
         with pytest.raises(ValueError, match="expected auto, or CPUs as in 0,2-3"):
             conditions.parse_cpus(text, 1)

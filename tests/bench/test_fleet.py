@@ -1,9 +1,12 @@
 """Processes of engines start, answer, die and are named. Kind: invariant."""
 
+import time
+
 import pytest
 
 import tiny
 from onebit import formats
+from onebit.bench import fleet as fleets
 from onebit.bench.fleet import Absent, Engine, Fleet
 from onebit.checkpoint import quantize
 
@@ -50,3 +53,17 @@ def test_a_fresh_process_tells_its_start_and_its_memory(tmp_path):
     with pytest.raises(Absent, match="AttributeError: .*'nonsense'"):
         fleet.ask(OURS, {"what": "nonsense"})
     fleet.close()
+
+
+def test_an_engine_that_computes_on_is_ended(tmp_path, monkeypatch):
+    # Its pipe is closed while it loads, and it never looks.
+    (tmp_path / "busy.py").write_text("import time\ntime.sleep(600)\n")
+    arguments = {"engine": "busy:Busy", "folders": [str(tmp_path)]}
+    fleet = Fleet({"busy": Engine(arguments, 0)})
+    monkeypatch.setattr(fleets, "FAREWELL_S", 0.1)
+    monkeypatch.setattr(fleet, "_receive", lambda name: {"info": {}, "load_s": 0.0})
+    fleet.start("busy")
+    process = fleet._workers["busy"].process
+    started = time.perf_counter()
+    fleet.close()
+    assert process.returncode == -9 and time.perf_counter() - started < 60

@@ -104,6 +104,8 @@ def test_what_may_be_quoted(path, usages, rounds, quotable, words):
     [
         ({"rounds": 0}, "--rounds is 0; expected at least 1"),
         ({"seconds": -1.0}, "--seconds is -1.0"),
+        ({"seconds": float("nan")}, "--seconds is nan; expected from 0 to 86400"),
+        ({"seconds": float("inf")}, "--seconds is inf"),
         ({"contexts": (-1,)}, "--contexts has -1"),
         ({"contexts": (189,)}, "--contexts has 189; this model takes 188 at most"),
         ({"prompts": (193,)}, "--prompts has 193; this model takes 192 at most"),
@@ -208,6 +210,8 @@ def test_a_limit_that_is_too_small_says_what_it_takes(path):
     run = new_session(path, replace(PLAN, memory_limit=60_000_000))
     with pytest.raises(ValueError, match="--memory-limit 60,000,000 bytes is too little for onebit") as told:
         run.run()
+    with pytest.raises(ValueError, match="--memory-limit 0 bytes is too little for onebit"):
+        new_session(path, replace(PLAN, memory_limit=0)).run()
     needed = int(str(told.value).split("took ")[1].split(" ")[0].replace(",", ""))
     assert needed > 60_000_000
     # Twice that is enough, and a process really lives within it.

@@ -138,3 +138,8 @@ def test_escapes_of_a_file_are_not_printed(folder, capsys):
 def test_what_is_refused(folder, options, message):
     with pytest.raises(ValueError, match=message):
         doctor(**{name: folder / value for name, value in options.items()})
+
+
+def test_threads_are_refused_also_where_no_text_is_read():
+    with pytest.raises(ValueError, match="threads is 0; expected a whole number from 1 to 1024"):
+        doctor(threads=0)

@@ -56,6 +56,7 @@ def test_settings_are_parameters():
         ("top_k=1.5", "'1.5' is no number that top_k can have"),
         ("top_p", "'' is no number that top_p can have"),
         ("min_p=2", "min_p is 2.0; expected"),
+        ("min_p=0.1,min_p=0.2", "min_p is there twice; another setting is another --sampling"),
     ],
 )
 def test_settings_that_are_none_are_refused(text, message):

@@ -111,7 +111,11 @@ def parse_cpus(text: str, threads: int) -> list[int]:
     found: set[int] = set()
     for item in text.split(","):
         first, _, last = item.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
+        low, high = int(first), int(last or first)
+        if low > high:
+            raise ValueError(f"--pin is {text!r}; expected a range from the least CPU to the last, as in 2-3")
+        # One beyond the last that may be used is enough to be refused; a range may name billions.
+        found |= set(range(low, min(high, max(low, max(usable) + 1)) + 1))
     if missing := sorted(found - usable):
         raise ValueError(
             f"--pin names CPU {missing[0]}; this process may use {', '.join(map(str, sorted(usable)))}"

@@ -19,6 +19,9 @@ from onebit.engine.memory import available_bytes
 # Threads of OpenMP spin for some milliseconds after their work; then they sleep, and the next turn may begin.
 SETTLE_S = 0.05
 
+# What ends when its pipe is closed has ended by then; what computes on is ended.
+FAREWELL_S = 5.0
+
 Watch = Callable[[int], AbstractContextManager[Any]]
 
 
@@ -219,4 +222,8 @@ class Fleet:
             worker.process.stdin.close()
         except BrokenPipeError:
             pass
-        worker.process.wait()
+        try:
+            worker.process.wait(FAREWELL_S)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()

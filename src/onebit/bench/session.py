@@ -31,6 +31,8 @@ from onebit.results import Results
 OURS, MACHINE = "onebit", "machine"
 # Below this, a step reads so little that calls from Python would measure themselves.
 LEAST_READ = 1_000_000
+# More than a day for one measurement is a mistake; infinity, and what is no number, never end or begin.
+MAX_SECONDS = 86_400
 # Rounds without which nothing is quoted.
 QUOTABLE_ROUNDS = 5
 # The text of a cold start: a short prompt, and some tokens for the memory that they take.
@@ -73,9 +75,10 @@ class Plan:
         Raises:
             ValueError: a number that is too small, or a text that is too long.
         """
-        for name, least in (("rounds", 1), ("seconds", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}; expected at least {least}")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds is {self.rounds}; expected at least 1")
+        if not 0 <= self.seconds <= MAX_SECONDS:
+            raise ValueError(f"--seconds is {self.seconds}; expected from 0 to {MAX_SECONDS}")
         for name, least in (("contexts", 0), ("batches", 1), ("prompts", 1)):
             for value in getattr(self, name):
                 if value < least:

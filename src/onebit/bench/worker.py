@@ -25,7 +25,7 @@ def main() -> None:
     sys.path += arguments.pop("folders", [])
     if cpus := arguments.pop("cpus", None):
         os.sched_setaffinity(0, cpus)
-    if limit := arguments.pop("memory_limit", None):
+    if (limit := arguments.pop("memory_limit", None)) is not None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -57,7 +57,7 @@ def answer(answers: TextIO, values: dict[str, Any]) -> None:
 
 def describe(error: Exception) -> str:
     """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].removesuffix(":")
 
 
 if __name__ == "__main__":

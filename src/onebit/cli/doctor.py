@@ -63,6 +63,10 @@ def doctor(
 
     from onebit.cli.bar import bar
     from onebit.doctor.finding import worst_first
+    from onebit.engine.model import choose_threads
+
+    if threads is not None:
+        choose_threads(threads)
 
     with bar() as progress:
         found = _examine(model, results or [], text, out, threads, progress)

@@ -21,7 +21,7 @@ def report(
 ) -> None:
     """Make one page of measurements: tables and pictures, with the command behind every figure.
 
-    Example: onebit report docs/results -o report.html
+    Example: onebit report docs/results --mix -o report.html
 
     Example: onebit report mine.json theirs.json other-label.json --mix
     """

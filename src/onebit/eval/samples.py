@@ -57,13 +57,17 @@ def setting(text: str, max_tokens: int) -> SamplingParams:
         max_tokens: most tokens of a text.
 
     Raises:
-        ValueError: another name, no number, or one out of its range.
+        ValueError: another name, a name that is there twice, no number, or one out of its range.
     """
     values: dict[str, float] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, number = part.partition("=")
         if name not in NAMES:
             raise ValueError(f"sampling {part!r}: expected NAME=NUMBER with one of {', '.join(NAMES)}")
+        if name in values:
+            raise ValueError(
+                f"sampling {text!r}: {name} is there twice; another setting is another --sampling"
+            )
         try:
             values[name] = int(number) if name == "top_k" else float(number)
         except ValueError:

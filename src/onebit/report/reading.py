@@ -148,7 +148,7 @@ def _load(path: Path) -> JSON:
     if size > MAX_BYTES:
         raise ValueError(f"{path}: has {size:,} bytes; files of results have at most {MAX_BYTES:,}")
     try:
-        data = _clean(json.loads(path.read_text("utf-8"), parse_constant=_no_number))
+        data = _clean(json.loads(path.read_text("utf-8"), parse_constant=_no_number, parse_int=_whole))
     except UnicodeDecodeError:
         raise ValueError(
             f"{path}: is no text in UTF-8; expected JSON of onebit eval or onebit bench"
@@ -165,6 +165,11 @@ def _load(path: Path) -> JSON:
             f"{EVAL!r} or {BENCH!r}"
         )
     return data
+
+
+def _whole(text: str) -> float:
+    # Python makes no int of thousands of digits; the infinity of a float is refused as too large.
+    return int(text) if len(text) < 1000 else float(text)
 
 
 def _no_number(text: str) -> NoReturn:
@@ -252,7 +257,10 @@ def _result(result: _Reader, file_kind: str) -> Result:
     if kind == "speed":
         rest.pop("engine", None)
         result.take("unit", str)
-        figures = {name: _figure(result, {key: rest.pop(key, None) for key in _BOUNDS})}
+        figure = _figure(result, {key: rest.pop(key, None) for key in _BOUNDS})
+        if any(number is not None and number < 0 for number in (figure.value, figure.low, figure.high)):
+            result.fail("has a time, size or speed below 0")
+        figures = {name: figure}
     else:
         figures = _figures(result.inside("figures"))
         del rest["figures"]
