@@ -22,7 +22,13 @@ CHAT = (
 STORY = (
     "Once upon a time there was a little girl named Lily. She had a red ball and a small dog. One day, they went to "
     "the park to play. The dog ran after the ball, but it rolled into the water. Lily was sad. A kind man saw her and "
-    "got the ball out. Lily smiled and said thank you. They all played together until it was time to go home."
+    "got the ball out. Lily smiled and said thank you. They all played together until it was time to go home.\n"
+    "The next day, it was raining and the park was wet. Lily looked out of the window and saw a little bird under a "
+    'tree. "Mom, the bird is cold," she said. "Can we help it?" Her mom nodded and gave her a small box with a soft '
+    "cloth. They went outside and put the bird into the box. Lily gave it some bread and water. The bird ate the bread "
+    "and began to sing. Lily was very happy. When the sun came out again, she opened the box, and the bird flew up to "
+    'its nest. "Good bye, little bird," said Lily. "Come and see me soon!" The bird came back every morning and sang '
+    "a song for her. Lily learned that it is good to be kind to small animals.\n"
 )
 
 
