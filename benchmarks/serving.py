@@ -602,6 +602,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - set(SCENARIOS):
         parser.error(f"--only: unknown {', '.join(unknown)}; expected some of {', '.join(SCENARIOS)}")
+    if "peer" in args.only.split(",") and args.shape == "2b4t":
+        parser.error("--only peer: llama.cpp has no architecture with squared ReLU; expected --shape 125m")
     results: dict[str, Any] = {}
     with worker(os.nice, 5) as client:
         for name in args.only.split(","):
