@@ -207,6 +207,10 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.r=0"), "lora.r is 0"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.targets=q,x"), "targets are"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "options.noise=1"), "--set options"),
+        (
+            ("tune", model, "--data", chats, "--out", "x", "--set", "options.optimizer=muon"),
+            "choose adamw or signum",
+        ),
         (("convert", model, tmp_path / "m.onebit", "--data", chats), "are for --adapter"),
         (("run", "x", "-m", model, "--adapter", tmp_path), "holds no adapter_config.json"),
     ):

@@ -1,10 +1,11 @@
 """Counters of the hardware: energy through RAPL, cache misses through perf. Each is there, or says why it is not.
 
 rapl = Rapl()
-print(rapl.reason or rapl.joules())
-with Perf().watch(pid) as counted:
-    ...
-counted["cache-misses"]
+counted = []
+if rapl.reason is None:
+    with rapl.watch(pid, counted):
+        ...
+    print(counted, "joules")
 """
 
 import shutil
@@ -59,6 +60,13 @@ class Rapl:
             total += now + self._wraps[i]
         return total / 1e6
 
+    @contextmanager
+    def watch(self, pid: int, counted: list[float]) -> Iterator[None]:
+        """Append the joules that go by meanwhile; they are those of all processes."""
+        before = self.joules()
+        yield
+        counted.append(self.joules() - before)
+
 
 class Perf:
     """An event that perf counts in another process.
@@ -73,17 +81,17 @@ class Perf:
         self.reason = self._try()
 
     @contextmanager
-    def watch(self, pid: int) -> Iterator[dict[str, float]]:
-        """Count what a process and its threads do meanwhile; the numbers are there afterwards."""
+    def watch(self, pid: int, counted: list[float]) -> Iterator[None]:
+        """Append how often the event happens in a process and its threads meanwhile, if perf can tell."""
         command = [self._program, "stat", "-x", ",", "-e", self._event, "-p", str(pid)]
         perf = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        counted: dict[str, float] = {}
         try:
             time.sleep(ATTACH_S)
-            yield counted
+            yield
         finally:
             perf.send_signal(signal.SIGINT)
-            counted |= {name: n for name, n in parse(perf.communicate()[1]).items() if n is not None}
+            n = parse(perf.communicate()[1]).get(self._event)
+            counted += [] if n is None else [n]
 
     def _try(self) -> str | None:
         if shutil.which(self._program) is None:

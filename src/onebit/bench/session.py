@@ -9,8 +9,8 @@ What is compared is measured close together; a ratio is made within each round, 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -265,11 +265,11 @@ class Session:
             yield turn("cold start", name, self._measure_cold)
         for name in self.engines:
             yield turn("text", name, self._measure_text)
-        yield turn("memory", MACHINE, self._measure, "bandwidth", "bandwidth", {})
+        yield turn("memory", MACHINE, self._measure, "bandwidth", {})
         for context, batch in [*((c, 1) for c in plan.contexts), *((0, b) for b in plan.batches if b > 1)]:
             options = {"context": context, "batch": batch}
             for name in self.engines:
-                yield turn("decode", name, self._measure, "decode", "decode", options)
+                yield turn("decode", name, self._measure, "decode", options)
         for name in self.engines:
             if not (self._rapl.reason and self._perf.reason):
                 yield turn("counters", name, self._measure_counters)
@@ -277,12 +277,12 @@ class Session:
         for tokens, batch in [*((tokens, 1) for tokens in plan.prompts), *several]:
             options = {"tokens": tokens, "batch": batch}
             for name in self.engines:
-                yield turn("prefill", name, self._measure, "prefill", "prefill", options)
+                yield turn("prefill", name, self._measure, "prefill", options)
 
-    def _measure(self, fleet: Fleet, engine: str, name: str, what: str, options: dict[str, Any]) -> None:
+    def _measure(self, fleet: Fleet, engine: str, name: str, options: dict[str, Any]) -> None:
         """One value of one figure, which is what the engine answers."""
         key = self._key(name, engine, options)
-        answer = self._ask(fleet, engine, [key], {"what": what, **options})
+        answer = self._ask(fleet, engine, [key], {"what": name, **options})
         if answer is not None:
             self._note(key, answer.value, answer)
 
@@ -318,29 +318,14 @@ class Session:
             engine, min(max(int(decode.measured[0] * self.plan.seconds), 8), room)
         )
         request = {"what": "decode", "seconds": 0, "tokens": n}
-        found: dict[str, float] = {}
-
-        @contextmanager
-        def joules(pid: int) -> Iterator[None]:
-            before = self._rapl.joules()
-            yield
-            found["energy_per_token"] = self._rapl.joules() - before
-
-        @contextmanager
-        def misses(pid: int) -> Iterator[None]:
-            with self._perf.watch(pid) as counted:
-                yield
-            for count in counted.values():
-                found["cache_misses_per_token"] = count
-
-        for watch, reason in ((joules, self._rapl.reason), (misses, self._perf.reason)):
-            if reason is not None:
+        for name, counter in (("energy_per_token", self._rapl), ("cache_misses_per_token", self._perf)):
+            if counter.reason is not None:
                 continue
-            name = "energy_per_token" if watch is joules else "cache_misses_per_token"
+            counted: list[float] = []
             key = self._key(name, engine, {})
-            answer = self._ask(fleet, engine, [key], request, watch=watch)
-            if answer is not None and name in found:
-                self._note(key, found[name] / n, answer)
+            answer = self._ask(fleet, engine, [key], request, watch=partial(counter.watch, counted=counted))
+            if answer is not None and counted:
+                self._note(key, counted[0] / n, answer)
 
     def _ask(
         self,

@@ -112,6 +112,11 @@ def plan(base: str, chats: Path, overrides: list[str] | None = None, full: bool 
         raise ValueError(
             "--set options: they are about learning the weights behind codes, which an adapter leaves alone"
         )
+    if not full and changed.options.optimizer == "muon":
+        raise ValueError(
+            "options.optimizer=muon is for the matrices of layers, which an adapter leaves as they are; "
+            "choose adamw or signum"
+        )
     given = {text.partition("=")[0] for text in overrides or []}
     examples = _read(changed)
     steps = changed.steps if "steps" in given else ceil(PASSES * len(examples.train) / changed.batch_size)
