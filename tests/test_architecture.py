@@ -28,7 +28,7 @@ LAYERS = [
     {"nn", "engine"},
     {"train", "llm", "conversion"},
     {"results"},
-    {"eval", "serve", "bench"},
+    {"eval", "serve", "bench", "readings"},
     {"doctor", "report"},
     {"cli"},
 ]

@@ -77,8 +77,10 @@ def test_commands_exist(folder, capsys):
 def test_results_alone_say_nothing_of_the_machine(folder, capsys):
     figure = {"value": 9.0, "stderr": 0.1, "low": 8.8, "high": 9.2, "n": 10}
     result = {"kind": "text", "name": "a.txt", "settings": {}, "figures": {"bits_per_byte": figure}}
-    model = {"name": "m.onebit", "label": "W1A8KV16"}
-    whole = {"format": "onebit eval 1", "model": model, "machine": {}, "results": [result]}
+    result |= {"command": "onebit eval"}
+    model = {"name": "m.onebit", "sha256": "0", "label": "W1A8KV16"}
+    about = {"format": "onebit eval 1", "model": model, "machine": {"cpu": "A"}, "versions": {}}
+    whole = about | {"results": [result]}
     (folder / "a.json").write_text(json.dumps(whole))
     with pytest.raises(typer.Exit):
         doctor(results=[folder / "a.json"], as_json=True)

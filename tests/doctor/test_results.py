@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from onebit.doctor import readings, results, speeds
+from onebit.doctor import measured, results, speeds
 from onebit.results import BENCH, EVAL
 
 MACHINE = {"cpu": "A", "hardware_threads": 4}
@@ -75,16 +75,17 @@ def made(tmp_path):
 
     def make(found, kind=EVAL, label="W1.58A8KV16", **data):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        model = {"name": "m.onebit", "label": label, "kernels": "avx2"}
+        model = {"name": "m.onebit", "sha256": "0", "label": label, "kernels": "avx2"}
         whole = {
             "format": kind,
             "model": model,
             "machine": MACHINE,
+            "versions": {},
             "results": found,
             "unfinished": {},
         } | data
         path.write_text(json.dumps(whole))
-        return readings.read(path)
+        return measured.read([path])[0]
 
     return make
 
@@ -239,7 +240,7 @@ def test_other_texts_and_settings_are_not_compared(made):
     elsewhere = made([task("piqa", 0.6, settings={"limit": None, "data": "b"})])
     there = made([task("piqa", 0.6, settings={"limit": None, "data": "a"})])
     assert results.other_settings(there, elsewhere) is None
-    assert len(list(readings.pairs(there, elsewhere))) == 1
+    assert len(list(measured.pairs(there, elsewhere))) == 1
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_a_file_without_figures(made):
 
 
 def test_each_of_several_files_is_named(made):
-    files = [made([text(10.0, 9.0)]).path, made([text(10.0, 9.0)]).path]
+    files = [made([text(10.0, 9.0)]).path, made([text(11.0, 9.0)]).path]
     assert [f.evidence.partition(":")[0] for f in results.examine(files)] == ["0.json", "1.json"]
     assert results.examine(files[:1])[0].evidence.startswith("a.txt")
 
@@ -305,6 +306,7 @@ def test_figures_without_a_value_are_left_out(made):
 def test_what_is_no_file_of_results(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(
-        ValueError, match="is no file of results; expected one of onebit eval or onebit bench"
+        ValueError,
+        match=r"is no file of results; expected JSON of onebit eval or onebit bench|is no JSON|damaged",
     ):
-        readings.read(tmp_path / "x.json")
+        measured.read([tmp_path / "x.json"])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from onebit import report
-from onebit.report import drawing, page, pictures, reading, tables, words
+from onebit import readings, report
+from onebit.report import drawing, page, pictures, tables, words
 from onebit.report.subjects import Subjects
 
 SHA, OTHER_SHA, TEXT_SHA = "a1" * 32, "b2" * 32, "c3" * 32
@@ -81,7 +81,7 @@ def evaluation(name="stories.onebit", sha=SHA, label=LABEL, value=1.1012345, cpu
     }
     cut["settings"]["min_sigma"] = 2.25
     results = [text, distance, plain, cut, task]
-    return top(reading.EVAL, name, sha, label, cpu) | {"results": results, "unfinished": {}}
+    return top(readings.EVAL, name, sha, label, cpu) | {"results": results, "unfinished": {}}
 
 
 def speeds(engine, factor, label_of_engine):
@@ -116,7 +116,7 @@ def benchmark(name="stories.onebit", sha=SHA, label=LABEL, cpu="EPYC One", facto
         "kind": "speed", "name": "bandwidth", "engine": "machine", "settings": {"threads": 2, "bytes": 3412345},
         "value": 21.17e9, "low": 20.53e9, "high": 21.61e9, "rounds": 5, "unit": "bytes/s", "command": "onebit bench",
     }  # fmt: skip
-    return top(reading.BENCH, name, sha, label, cpu) | {
+    return top(readings.BENCH, name, sha, label, cpu) | {
         "results": [*speeds("onebit", factor, LABEL), *speeds("llama.cpp", 3.0 * factor, "TQ2_0"), machine],
         "unfinished": {},
         "conditions": {
@@ -340,7 +340,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(content, why, write, tmp_
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(ValueError, match=r"a\.json: is no text in UTF-8"):
-        reading.read([tmp_path / "a.json"])
+        readings.read([tmp_path / "a.json"])
 
 
 @pytest.mark.parametrize("path", [(), ("results", 0), ("results", 0, "settings"), ("model",), ("machine",)])
@@ -355,7 +355,7 @@ def test_any_part_of_another_type_is_refused_or_read(path, write, monkeypatch):
             for other in (None, "text", -1, [], {"a": [1]}, True):
                 kept, place[key] = place[key], other
                 try:
-                    page.render(reading.read(write(content)), False)
+                    page.render(readings.read(write(content)), False)
                 except ValueError as error:
                     assert "a.json" in str(error)
                 place[key] = kept
@@ -364,26 +364,26 @@ def test_any_part_of_another_type_is_refused_or_read(path, write, monkeypatch):
 def test_the_same_file_twice_is_refused(write, tmp_path):
     (a,) = write(evaluation())
     with pytest.raises(ValueError, match="is given twice"):
-        reading.read([a, a])
+        readings.read([a, a])
     with pytest.raises(ValueError, match="is given twice"):
-        reading.read([tmp_path, a])
+        readings.read([tmp_path, a])
     (tmp_path / "copy.json").write_text(json.dumps(evaluation(), indent=3))
     with pytest.raises(ValueError, match=r"copy\.json: says the same as .*a\.json"):
-        reading.read([tmp_path])
+        readings.read([tmp_path])
 
 
 def test_files_and_folders_are_read_in_their_order(write, tmp_path):
     b = write(evaluation(), benchmark())[1]
-    assert [file.name for file in reading.read([tmp_path])] == ["a.json", "b.json"]
+    assert [file.name for file in readings.read([tmp_path])] == ["a.json", "b.json"]
     b.rename(tmp_path / "0.json")
-    assert [file.name for file in reading.read([tmp_path])] == ["0.json", "a.json"]
+    assert [file.name for file in readings.read([tmp_path])] == ["0.json", "a.json"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no \.json file"):
-        reading.read([tmp_path / "empty"])
+        readings.read([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
-        reading.read([tmp_path / "absent.json"])
+        readings.read([tmp_path / "absent.json"])
     with pytest.raises(ValueError, match="nothing to report"):
-        reading.read([])
+        readings.read([])
     with pytest.raises(ValueError, match=r"ends in \.html"):
         report.write([tmp_path], tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == evaluation()
@@ -402,7 +402,7 @@ def test_labels_are_not_mixed_in_one_table_unasked(made):
 
 
 def subjects_of(write, *contents):
-    return Subjects(reading.read(write(*contents)))
+    return Subjects(readings.read(write(*contents)))
 
 
 def test_only_what_was_measured_alike_shares_a_table(write):
@@ -429,7 +429,7 @@ def test_pictures_join_quality_speed_and_size_of_one_model(write):
 @pytest.mark.parametrize("value", [0, -1.5, 1e-30, 1e30, 5])
 @pytest.mark.parametrize("ends", [(None, None), (0.5, 1.5), (2.0, 3.0)])
 def test_any_figure_can_be_drawn(value, ends):
-    one = reading.Figure(value, *(None if end is None else end * value for end in ends))
+    one = readings.Figure(value, *(None if end is None else end * value for end in ends))
     axis = pictures.Axis("speed", "tok/s", "high")
     bars = tuple(pictures.Bar("", "name " * 20, "", one, i, i > 0) for i in range(10))
     marks = tuple(pictures.Mark("name", one, one, i, i > 0) for i in range(10))
@@ -437,7 +437,7 @@ def test_any_figure_can_be_drawn(value, ends):
         pictures.Bars("a", "b", axis, bars),
         pictures.Bars("a", "b", axis, bars, from_zero=False),
         pictures.Points("a", "b", axis, axis, marks),
-        pictures.Points("a", "b", axis, axis, (marks[0], marks[1]._replace(x=reading.Figure(1000.0)))),
+        pictures.Points("a", "b", axis, axis, (marks[0], marks[1]._replace(x=readings.Figure(1000.0)))),
     ):
         drawn = drawing.draw(picture, "p")
         assert drawn.count("name") > 1 and "nan" not in drawn

@@ -32,7 +32,7 @@ def report(
     n_results = count(sum(len(file.results) for file in files), "result")
     print(f"onebit: {out}: {n_results} of {count(len(files), 'file')}", file=sys.stderr)
     for file in files:
-        if file.n_unfinished:
+        if file.unfinished:
             print(f"onebit: {file.name}: a task in it is not finished; its command goes on", file=sys.stderr)
         if not file.quotable:
             print(f"onebit: {file.name}: is not to be quoted, and marked as such", file=sys.stderr)

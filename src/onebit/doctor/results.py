@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from onebit.doctor import readings, speeds
+from onebit.doctor import measured, speeds
 from onebit.doctor.finding import Finding, command, listed
-from onebit.doctor.readings import Measured, Reading, change, pairs, unlike
+from onebit.doctor.measured import Measured, Reading, change, pairs, unlike
 from onebit.results import EVAL
 
 # A byte costs 8 bits without any model.
@@ -47,7 +47,7 @@ def examine(paths: Iterable[Path]) -> list[Finding]:
         ValueError: a file that is no file of results.
         OSError: a file cannot be read.
     """
-    files = [readings.read(path) for path in paths]
+    files = measured.read(list(paths))
     found: list[Finding] = []
     first: dict[str, Reading] = {}
     for file in files:
@@ -69,9 +69,9 @@ def nothing(file: Reading, before: Reading | None) -> Finding:
             "note",
             "results",
             f"There is nothing in {file.path.name}",
-            f"0 figures of {file.name}",
+            f"0 figures of {file.model_name}",
             "It was begun, and stopped before the first figure was there, or all of it failed.",
-            command("onebit", "eval", file.name, "--text", "FILE", "--out", file.path),
+            command("onebit", "eval", file.model_name, "--text", "FILE", "--out", file.path),
             "Measure again.",
         )
     against = f", compared with {before.path}" if before else ""
@@ -79,7 +79,7 @@ def nothing(file: Reading, before: Reading | None) -> Finding:
         "ok",
         "results",
         f"Nothing stands out in {file.path.name}",
-        f"{len(file.measured)} figures of {file.name} ({file.model.get('label')}){against}",
+        f"{len(file.measured)} figures of {file.model_name} ({file.model.get('label')}){against}",
         "Rules look for known patterns only; what they do not know they do not see.",
         next((m.command for m in file.measured if m.command), command("onebit", "doctor")),
     )
@@ -93,11 +93,11 @@ def worse_than_nothing(file: Reading) -> Finding | None:
     return Finding(
         "error",
         "worse than nothing",
-        f"{file.name} predicts worse than no model at all",
+        f"{file.model_name} predicts worse than no model at all",
         listed([f"{m.name}: {m.describe()} bits per byte" for m in bad]),
         "A byte has 8 bits without any model. Untrained models are near that, broken ones above it: a wrong activation "
         "function, scales taken for their inverse, rows of q and k in another order, another tokenizer.",
-        command("onebit", "doctor", file.name, "--text", bad[0].name),
+        command("onebit", "doctor", file.model_name, "--text", bad[0].name),
         "Let the doctor try what else the config could mean (--text), and compare with the original (--against).",
     )
 
@@ -253,7 +253,7 @@ def labels(before: Reading, after: Reading) -> Finding | None:
         "Two changes at once cannot be told apart: neither is the cause of a difference until it was measured alone."
         if several
         else "A comparison across labels has to name both.",
-        command("onebit", "info", after.name),
+        command("onebit", "info", after.model_name),
         "Measure with one of them changed at a time (--kv-cache, --head, --encoding)." if several else "",
     )
 
@@ -298,7 +298,7 @@ def one_task_down(before: Reading, after: Reading) -> Finding | None:
         evidence,
         "Among those that fell are tasks whose answer is the likeliest token, which no temperature changes: knowledge, "
         "or a long context, is lost. Recall goes first where weights are rounded, long texts where the cache is.",
-        command("onebit", "eval", after.name, "--text", "FILE", "--against", before.name),
+        command("onebit", "eval", after.model_name, "--text", "FILE", "--against", before.model_name),
         "Measure once with --kv-cache bf16, and with a head of bf16, to see which of the roundings it is.",
     )
 
@@ -315,7 +315,7 @@ def all_tasks_down(before: Reading, after: Reading) -> Finding | None:
         listed([_shown(old, new) for old, new in tasks], 6),
         "A loss everywhere is one of the whole model: weights rounded without training, the wrong activation function, "
         "too few tokens of training.",
-        command("onebit", "doctor", after.name, "--text", "FILE"),
+        command("onebit", "doctor", after.model_name, "--text", "FILE"),
         "Let the doctor look at the model itself.",
     )
 
@@ -324,11 +324,11 @@ def _calibrate(file: Reading, text: str, evidence: str, why: str = "") -> Findin
     return Finding(
         "warning",
         "calibration",
-        f"{file.name} may know as much as before and be wrongly sure of it",
+        f"{file.model_name} may know as much as before and be wrongly sure of it",
         evidence,
         why
         or "The likeliest token is the same, only how likely it is changed: one number that divides logits may help.",
-        command("onebit", "doctor", file.name, "--text", text),
+        command("onebit", "doctor", file.model_name, "--text", text),
         "Fit a temperature on a text of the kind that the model is for: the command does, and says what it gains.",
     )
 
@@ -380,7 +380,7 @@ def _label_parts(old: str, new: str) -> list[tuple[str, str, str]]:
 def _repeat(file: Reading, kind: str) -> str:
     """The command that measured a kind of figures."""
     commands = (m.command for m in file.measured if m.kind == kind and m.command)
-    return next(commands, command("onebit", "doctor", file.name, "--results", file.path))
+    return next(commands, command("onebit", "doctor", file.model_name, "--results", file.path))
 
 
 RULES: tuple[Callable[[Reading], Finding | None], ...] = (

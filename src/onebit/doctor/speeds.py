@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from onebit.doctor.finding import Finding, command, listed
-from onebit.doctor.readings import Measured, Reading, pairs
+from onebit.doctor.measured import Measured, Reading, pairs
 
 OURS, MACHINE = "onebit", "machine"
 # A first token that takes this much longer than its prompt and one step explain, and at least so many seconds.
@@ -88,7 +88,7 @@ def first_token_late(file: Reading) -> Finding | None:
         listed(late),
         "The rest is no arithmetic: pages of the file that are read for the first time, memory for the cache, a "
         "template or tokenizer, a queue before the engine.",
-        command("onebit", "run", "Once upon a time", "-m", file.name, "--max-tokens", 1),
+        command("onebit", "run", "Once upon a time", "-m", file.model_name, "--max-tokens", 1),
         "Run it twice: the second time the file is in memory. In a server look at its queue (/metrics).",
     )
 
@@ -132,7 +132,7 @@ def far_from_memory(file: Reading) -> Finding | None:
         f"{_threads(m)} threads, kernels {file.model.get('kernels')}",
         "Weights of this size come from memory for every token; good kernels reach 0.7 to 0.9. Slow kernels, few or "
         "too many threads, no huge pages, or memory of another node cost the rest.",
-        command("onebit", "doctor", file.name),
+        command("onebit", "doctor", file.model_name),
         "onebit doctor looks at each of them.",
     )
 
@@ -176,7 +176,7 @@ def many_misses(file: Reading) -> Finding | None:
         "Weights stream once, so they miss once. More comes from activations or a cache of keys and values that do not "
         "stay near, from threads that share a line, or from a neighbour that empties the caches.",
         "perf stat -e cache-misses,dTLB-load-misses "
-        + command("onebit", "run", "Once upon a time", "-m", file.name, "--max-tokens", 200),
+        + command("onebit", "run", "Once upon a time", "-m", file.model_name, "--max-tokens", 200),
         "Try fewer threads, --kv-cache int8 for long texts, and a quiet machine.",
     )
 
@@ -215,7 +215,7 @@ def much_memory(file: Reading) -> Finding | None:
         f"{bad[0].value / 1e6:,.0f} MB resident; a token reads {min(sizes) / 1e6:,.0f} MB of weights",
         "Weights are mapped, and copied to huge pages where there is room. The rest is an embedding that a token does "
         "not read, a large vocabulary, and the cache of long contexts.",
-        command("onebit", "info", file.name),
+        command("onebit", "info", file.model_name),
         "--no-huge-pages leaves weights in the file; --kv-cache int8 halves the cache.",
     )
 
@@ -331,7 +331,7 @@ def _how(m: Measured) -> str:
 
 def _repeat(file: Reading) -> str:
     """The command that measured a file."""
-    return next((m.command for m in file.measured if m.command), command("onebit", "bench", file.name))
+    return next((m.command for m in file.measured if m.command), command("onebit", "bench", file.model_name))
 
 
 RULES: tuple[Callable[[Reading], Finding | None], ...] = (

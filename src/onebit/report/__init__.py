@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onebit.formats.files import write_file
+from onebit.readings import File, read
 from onebit.report.page import render
-from onebit.report.reading import File, read
 
 SUFFIXES = (".html", ".htm")
 

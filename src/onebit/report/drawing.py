@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from onebit.readings import Figure
 from onebit.report import words
 from onebit.report.pictures import Axis, Bar, Bars, Mark, Points
-from onebit.report.reading import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

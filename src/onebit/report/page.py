@@ -9,10 +9,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from onebit.readings import Figure, File
 from onebit.report import words
 from onebit.report.drawing import draw
 from onebit.report.pictures import Absent, Bars, Points, fastest, pictures, qualities
-from onebit.report.reading import Figure, File
 from onebit.report.subjects import Model, Subjects, shorten
 from onebit.report.tables import quality, speed
 from onebit.report.words import Number

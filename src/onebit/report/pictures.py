@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from onebit.readings import Figure, Result
 from onebit.report import words
-from onebit.report.reading import Figure, Result
 from onebit.report.subjects import MACHINE, OURS, Machine, Model, Subjects, engine_label, shorten
 from onebit.report.tables import common_settings, is_share, of_kind, settings, tail, text_key
 from onebit.results import BENCH

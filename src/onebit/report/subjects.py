@@ -10,8 +10,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from onebit.readings import File, Result
 from onebit.report import words
-from onebit.report.reading import File, Result
 from onebit.results import EVAL
 
 OURS = "onebit"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
+from onebit.readings import JSON, Figure, File, Result
 from onebit.report import words
-from onebit.report.reading import JSON, Figure, File, Result
 from onebit.report.subjects import MACHINE, OURS, Subjects, engine_label
 from onebit.report.words import Number
 

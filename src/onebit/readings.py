@@ -1,4 +1,4 @@
-"""Reads files of `onebit eval` and `onebit bench`, and trusts nothing in them. Knows nothing of tables or pages.
+"""Reads files of `onebit eval` and `onebit bench`, and trusts nothing in them. Knows nothing of pages or rules.
 
 files = read([Path("docs/results")])
 files[0].results[0].figures["perplexity"].value
@@ -70,7 +70,8 @@ class File:
     """One file of results: one model on one machine.
 
     Args:
-        name: of the file.
+        name: of the file; with its folders where several have that name.
+        path: of the file.
         kind: EVAL or BENCH.
         model: name, sha256, label, kernels, threads and, in newer files, bytes.
         machine: system, cpu, hardware_threads, isa, load.
@@ -79,10 +80,11 @@ class File:
         conditions: under which they were made; empty where the file does not tell.
         missing: reasons, by name of what was not measured.
         engines: version, label and bytes of the file, by name of the engine.
-        n_unfinished: tasks that were begun and not finished.
+        unfinished: tasks that were begun and not finished, with the answers that wait for the rest.
     """
 
     name: str
+    path: Path
     kind: str
     model: JSON
     machine: JSON
@@ -91,7 +93,7 @@ class File:
     conditions: JSON
     missing: dict[str, str]
     engines: dict[str, JSON]
-    n_unfinished: int
+    unfinished: JSON
 
     @property
     def quotable(self) -> bool:
@@ -138,7 +140,9 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: has no .json file; onebit eval and onebit bench make them with --out")
         found += inside
     if not found:
-        raise ValueError("nothing to report: name files of onebit eval or onebit bench, or a folder of them")
+        raise ValueError(
+            "nothing to report on: name files of onebit eval or onebit bench, or a folder of them"
+        )
     return found
 
 
@@ -232,6 +236,7 @@ def _file(path: Path, data: JSON, name: str) -> File:
     results = top.take("results", list)
     return File(
         name=name,
+        path=path,
         kind=data["format"],
         model=model.data,
         machine=machine.data,
@@ -243,7 +248,7 @@ def _file(path: Path, data: JSON, name: str) -> File:
         conditions=conditions,
         missing={key: str(reason) for key, reason in missing.items()},
         engines=engines,
-        n_unfinished=len(top.take("unfinished", dict, {})),
+        unfinished=top.take("unfinished", dict, {}),
     )
 
 

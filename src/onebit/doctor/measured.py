@@ -1,20 +1,18 @@
 """Files of `onebit eval` and `onebit bench` as flat lists of figures, which rules can look through.
 
-before, after = read(Path("a.json")), read(Path("b.json"))
+before, after = read([Path("a.json"), Path("b.json")])
 for old, new in pairs(before, after): print(old.name, new.value - old.value)
 """
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from onebit import readings
 from onebit.eval.figures import Z
-from onebit.results import BENCH, EVAL
-
-Json = dict[str, Any]
+from onebit.readings import JSON, File
 
 # Settings that tell where a figure comes from, and not how it was measured.
 _ORIGINS = ("data",)
@@ -40,11 +38,11 @@ class Measured:
     name: str
     figure: str
     engine: str
-    settings: Json
+    settings: JSON
     value: float
     low: float
     high: float
-    more: Json
+    more: JSON
     command: str
 
     @property
@@ -58,33 +56,26 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One file of results.
+class Reading(File):
+    """A file of results, figure by figure."""
 
-    Args:
-        path: of the file.
-        kind: EVAL or BENCH.
-        model: name, label, kernels, ...
-        machine: where it was measured.
-        measured: all figures.
-        conditions: of a benchmark.
-        missing: of a benchmark: what was not measured, and why.
-        unfinished: tasks that were begun.
-    """
-
-    path: Path
-    kind: str
-    model: Json
-    machine: Json
-    measured: list[Measured]
-    conditions: Json = field(default_factory=dict)
-    missing: Json = field(default_factory=dict)
-    unfinished: Json = field(default_factory=dict)
+    @cached_property
+    def measured(self) -> list[Measured]:
+        """All figures; those without an interval tell nothing that a rule could use."""
+        return [
+            Measured(
+                result.kind, result.name, name, result.engine, result.settings, figure.value, figure.low,
+                figure.high, result.rest, result.command,
+            )
+            for result in self.results
+            for name, figure in result.figures.items()
+            if figure.value is not None and figure.low is not None and figure.high is not None
+        ]  # fmt: skip
 
     @property
-    def name(self) -> str:
+    def model_name(self) -> str:
         """What the model was called."""
-        return str(self.model.get("name", "MODEL"))
+        return str(self.model["name"])
 
     def find(self, kind: str, figure: str, engine: str | None = None) -> list[Measured]:
         """The figures of a kind with a name; of one engine, if it is given."""
@@ -92,26 +83,9 @@ class Reading:
         return [m for m in found if engine is None or m.engine == engine]
 
 
-def read(path: Path) -> Reading:
-    """Read a file of results.
-
-    Raises:
-        ValueError: it is none, or it is damaged.
-        OSError: it cannot be read.
-    """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        kind = data["format"]
-        if kind not in (EVAL, BENCH):
-            raise ValueError
-        measured = [m for result in data["results"] for m in _figures(result)]
-        parts = (data.get(name) or {} for name in ("conditions", "missing", "unfinished"))
-        found = Reading(path, kind, dict(data["model"]), dict(data["machine"]), measured, *map(dict, parts))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(
-            f"{path}: is no file of results; expected one of onebit eval or onebit bench"
-        ) from None
-    return found
+def read(paths: Sequence[Path]) -> list[Reading]:
+    """Read files of results; see `onebit.readings.read`."""
+    return [Reading(**vars(file)) for file in readings.read(paths)]
 
 
 def pairs(before: Reading, after: Reading) -> Iterator[tuple[Measured, Measured]]:
@@ -138,24 +112,5 @@ def change(old: Measured, new: Measured) -> tuple[float, float]:
     return new.value - old.value, Z * math.hypot(*errors)
 
 
-def _how(measured: Measured) -> Json:
+def _how(measured: Measured) -> JSON:
     return {name: value for name, value in measured.settings.items() if name not in _ORIGINS}
-
-
-def _figures(result: Json) -> Iterator[Measured]:
-    kind, name, settings = str(result["kind"]), str(result["name"]), dict(result["settings"])
-    rest = {
-        key: value
-        for key, value in result.items()
-        if key not in ("kind", "name", "settings", "figures", "distance", "command")
-    }
-    if kind == "speed":
-        found = {name: result}
-    else:
-        found = {**result["figures"], **result.get("distance", {})}
-    for figure, values in found.items():
-        value, low, high = (values[bound] for bound in ("value", "low", "high"))
-        # A figure of one item has no error.
-        if all(isinstance(number, int | float) for number in (value, low, high)):
-            of = str(result.get("engine", "")), settings, float(value), float(low), float(high)
-            yield Measured(kind, name, figure, *of, rest, str(result.get("command", "")))
