@@ -12,6 +12,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from onebit.bench import clock
+from onebit.bench.clock import read
 from onebit.bench.engines.memory import Memory
 from onebit.doctor import system
 from onebit.doctor.finding import Finding, Severity, listed
@@ -349,6 +350,6 @@ def _unseen(root: Path) -> list[str]:
         "turbo": clock.turbo(root) is not None,
         "neighbours": system.ticks(root),
         "huge pages": system.huge_pages(root),
-        "limits of containers": system.read(root, "proc/self/cgroup") is not None,
+        "limits of containers": read(root / "proc/self/cgroup") is not None,
     }
     return [name for name, answer in answers.items() if not answer]

@@ -8,23 +8,16 @@ Everything is None, or empty, where the system does not tell: another system, a 
 from pathlib import Path
 from typing import NamedTuple
 
+from onebit.bench.clock import read
 from onebit.engine.memory import cgroups
 
 # Of control groups of version 2 and of version 1.
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
-def read(root: Path, name: str) -> str | None:
-    """The text of a file below a root."""
-    try:
-        return (root / name).read_text(errors="replace").strip()
-    except OSError:
-        return None
-
-
 def cpu_flags(root: Path) -> set[str]:
     """The features of the CPU, in Linux' words."""
-    for line in (read(root, "proc/cpuinfo") or "").splitlines():
+    for line in (read(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return set(value.split())
@@ -33,7 +26,7 @@ def cpu_flags(root: Path) -> set[str]:
 
 def huge_pages(root: Path) -> str | None:
     """When programs get huge pages: "always", "madvise" (when they ask) or "never"."""
-    modes = read(root, "sys/kernel/mm/transparent_hugepage/enabled") or ""
+    modes = read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
     return next((mode[1:-1] for mode in modes.split() if mode.startswith("[")), None)
 
 
@@ -47,9 +40,9 @@ def cpu_quota(root: Path) -> float | None:
     found = []
     for folder in cgroups(root, "cpu"):
         # Version 2 has both numbers in one file.
-        limit = read(folder, "cpu.max")
+        limit = read(folder / "cpu.max")
         if limit is None:
-            limit = f"{read(folder, 'cpu.cfs_quota_us')} {read(folder, 'cpu.cfs_period_us')}"
+            limit = f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}"
         numbers = limit.split()
         if len(numbers) == 2 and all(number.isdecimal() for number in numbers) and int(numbers[1]):
             found.append(int(numbers[0]) / int(numbers[1]))
@@ -58,9 +51,9 @@ def cpu_quota(root: Path) -> float | None:
 
 def memory_limit(root: Path) -> tuple[int, int] | None:
     """Bytes that the control groups let this process's group fill, and those of the machine; None without a limit."""
-    lines = [line.split() for line in (read(root, "proc/meminfo") or "").splitlines()]
+    lines = [line.split() for line in (read(root / "proc/meminfo") or "").splitlines()]
     total = next((int(words[1]) * 1024 for words in lines if words[:1] == ["MemTotal:"]), None)
-    limits = [read(folder, name) for folder in cgroups(root, "memory") for name in _MEMORY_LIMITS]
+    limits = [read(folder / name) for folder in cgroups(root, "memory") for name in _MEMORY_LIMITS]
     found = min((int(limit) for limit in limits if limit and limit.isdecimal()), default=None)
     return None if total is None or found is None or found >= total else (found, total)
 
@@ -69,7 +62,7 @@ def throttled(root: Path) -> tuple[int, int]:
     """In how many periods such a limit has stopped the process's group, and of how many."""
     worst = (0, 0)
     for folder in cgroups(root, "cpu"):
-        lines = [line.split() for line in (read(folder, "cpu.stat") or "").splitlines()]
+        lines = [line.split() for line in (read(folder / "cpu.stat") or "").splitlines()]
         stat = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdecimal()}
         found = stat.get("nr_throttled", 0), stat.get("nr_periods", 0)
         worst = max(worst, found)
@@ -94,7 +87,7 @@ class Ticks(NamedTuple):
 
 def ticks(root: Path) -> Ticks | None:
     """Who has used the CPUs until now."""
-    line = (read(root, "proc/stat") or "").partition("\n")[0].split()
+    line = (read(root / "proc/stat") or "").partition("\n")[0].split()
     if line[:1] != ["cpu"] or len(line) < 9 or not all(number.isdecimal() for number in line[1:9]):
         return None
     # user, nice, system, idle, iowait, irq, softirq, steal.
@@ -102,7 +95,7 @@ def ticks(root: Path) -> Ticks | None:
     processes = {}
     for folder in (root / "proc").glob("[0-9]*"):
         # 1234 (name) S ppid ...: the name may hold anything.
-        name, _, rest = (read(folder, "stat") or "").partition("(")[2].rpartition(")")
+        name, _, rest = (read(folder / "stat") or "").partition("(")[2].rpartition(")")
         fields = rest.split()
         if len(fields) > 12:
             processes[int(folder.name)] = name, int(fields[11]) + int(fields[12])
