@@ -332,7 +332,7 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     cells = page.texts("[data-card=health] tbody tr:first-child td")[4:7]
     assert re.fullmatch(r"0\.[1-9] %\s+layer \d, (qkv|o|gate/up|down)", cells[0])
     assert re.fullmatch(r"\d\d %\s+layer \d, down", cells[1])
-    assert re.fullmatch(r"7\.\d+ bits\s+layer \d, (keys|values)", cells[2])
+    assert re.fullmatch(r"[67]\.\d+ bits\s+layer \d, (keys|values)", cells[2])
     assert not page.all(".verdict.bad")
     # While nobody looks nothing is read.
     page.one("#tab-chat").click()
