@@ -179,12 +179,16 @@ void to_cache(const std::string& isa, const std::string& format, Array<const flo
   kernels_of(isa).to_cache[kind](x.data(), length(x.size()), y.data());
 }
 
-void dot_bf16(const std::string& isa, Array<const std::uint16_t, 2> w, Array<const float, 1> x, Array<float, 1> y) {
+void dot_bf16(const std::string& isa, Array<const std::uint16_t, 2> w, Array<const float, 2> x, Array<float, 2> y) {
   length(w.size());
-  require_length("x", x.size(), w.shape(1));
-  require_length("y", y.size(), w.shape(0));
-  kernels_of(isa).dot_bf16(w.data(), static_cast<std::ptrdiff_t>(w.shape(1)), x.data(), static_cast<int>(w.shape(0)),
-                           static_cast<int>(w.shape(1)), y.data());
+  length(x.size());
+  require_length("x", x.shape(1), w.shape(1));
+  require_length("y", y.shape(0), x.shape(0));
+  require_length("y", y.shape(1), w.shape(0));
+  const auto k = static_cast<std::ptrdiff_t>(w.shape(1));
+  const auto n = static_cast<std::ptrdiff_t>(w.shape(0));
+  kernels_of(isa).dot_bf16(w.data(), k, static_cast<int>(n), x.data(), k, static_cast<int>(x.shape(0)),
+                           static_cast<int>(k), y.data(), n);
 }
 
 void attend(const std::string& isa, const std::string& format, Array<const float, 2> q, float inv_sqrt_d,

@@ -18,7 +18,7 @@ void dots(const Kernels& kernels, const Planes& w, const float* x, int first, in
   const std::ptrdiff_t ld = pad_inputs(w.k);
   for (int plane = 0; plane < w.n_planes; ++plane) {
     const std::uint16_t* rows = w.data + (static_cast<std::ptrdiff_t>(plane) * w.n + first) * ld;
-    kernels.dot_bf16(rows, ld, x, n, w.k, plane == 0 ? out : part);
+    kernels.dot_bf16(rows, ld, n, x, 0, 1, w.k, plane == 0 ? out : part, 0);
     for (int i = 0; plane > 0 && i < n; ++i) out[i] += part[i];
   }
 }

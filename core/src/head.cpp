@@ -105,10 +105,8 @@ void Head::forward(ThreadPool& pool, int n_rows, const std::int32_t* top_k, floa
     pool.run(n_blocks(n), [&](int, int begin, int end) {
       for (std::size_t v = static_cast<std::size_t>(begin) * kBlock; begin < end; ++begin, v += kBlock) {
         const int count = std::min(kBlock, n - static_cast<int>(v));
-        for (std::size_t r = 0; r < static_cast<std::size_t>(n_rows); ++r) {
-          kernels_.dot_bf16(weights_.bf16 + v * pad_inputs(d), pad_inputs(d), h_RD_.get() + r * d, count, d,
-                            logits + r * n + v);
-        }
+        kernels_.dot_bf16(weights_.bf16 + v * pad_inputs(d), pad_inputs(d), count, h_RD_.get(), d, n_rows, d,
+                          logits + v, n);
       }
     });
     return;
@@ -290,7 +288,7 @@ void Head::score_block(int block, int row, const bool* is_wanted, float* scores)
   const float* x = h_RD_.get() + static_cast<std::size_t>(row) * d;
   for (int j = 0; j < kBlock; ++j) {
     const std::uint16_t* w = weights_.bf16 + (static_cast<std::size_t>(block) * kBlock + j) * pad_inputs(d);
-    if (is_wanted[j]) kernels_.dot_bf16(w, pad_inputs(d), x, 1, d, scores + j);
+    if (is_wanted[j]) kernels_.dot_bf16(w, pad_inputs(d), 1, x, 0, 1, d, scores + j, 0);
   }
 }
 

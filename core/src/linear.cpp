@@ -62,9 +62,7 @@ void dense_tile(const Kernels& kernels, const LinearOutput& output, int tile, co
   const int first = tile * kDenseRows;
   const int n = std::min(kDenseRows, matrix.n - first);
   const std::uint16_t* w = matrix.bf16 + static_cast<std::size_t>(first) * x.ld;
-  for (std::size_t t = 0; t < static_cast<std::size_t>(x.n_rows); ++t) {
-    kernels.dot_bf16(w, x.ld, x.floats.get() + t * x.ld, n, matrix.k, output.y + t * matrix.n + first);
-  }
+  kernels.dot_bf16(w, x.ld, n, x.floats.get(), x.ld, x.n_rows, matrix.k, output.y + first, matrix.n);
 }
 
 // Outputs of one tile, [m, ldy], for rows [row, row + m). sums, part: room for m sums of each plane.

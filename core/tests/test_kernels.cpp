@@ -277,12 +277,17 @@ void test_rope_kernel() {
 void test_dot_bf16() {
   Random random;
   for (const int k : kSizes) {
-    const std::vector<float> x = random.values(k);
     const int ldw = k + 3;
+    const int ldx = k + 1;
     for (const int n : {1, 3, 4, 5, 9, 16, 38}) {
       const std::vector<std::uint16_t> w = random.halves(n * ldw);
-      compare<float>("dot_bf16", k, n, n,
-                     [&](const Kernels& table, float* y) { table.dot_bf16(w.data(), ldw, x.data(), n, k, y); });
+      for (const int m : {1, 4, 7}) {
+        const std::vector<float> x = random.values(m * ldx);
+        const int ldy = n + 2;
+        compare<float>("dot_bf16", k, n, m * ldy, [&](const Kernels& table, float* y) {
+          table.dot_bf16(w.data(), ldw, n, x.data(), ldx, m, k, y, ldy);
+        });
+      }
     }
   }
 }

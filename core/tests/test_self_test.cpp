@@ -48,8 +48,10 @@ void wrong_to_cache(const float* x, int n, void* y) noexcept {
   static_cast<std::uint8_t*>(y)[n - 1] ^= 1;
 }
 
-void wrong_dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
-  scalar().dot_bf16(w, ldw, x, n, k - 1, y);
+void wrong_dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, int n, const float* x, std::ptrdiff_t ldx, int m, int k,
+                    float* y, std::ptrdiff_t ldy) noexcept {
+  scalar().dot_bf16(w, ldw, n, x, ldx, m, k, y, ldy);
+  scalar().dot_bf16(w, ldw, n, x, 0, 1, k - 1, y + (m - 1) * ldy, 0);
 }
 
 void wrong_rope(float* x, const float* cos, const float* sin, int n_heads, int d_head) noexcept {

@@ -310,13 +310,17 @@ def test_outputs_may_be_inputs(isa, name, rng):
 
 @pytest.mark.parametrize("n", [1, 3, 4, 9, 16, 38])
 @pytest.mark.parametrize("k", [1, 16, 17, 100, 257])
-def test_dot_bf16(isa, n, k, rng):
-    w = reference.to_bf16(floats(rng, n * k)).reshape(n, k)
-    for x in (floats(rng, k), floats(rng, k) * np.float32(1e-39), floats(rng, k) * np.float32(1e37)):
-        y = empty(n, np.float32)
-        kernels.dot_bf16(isa, fenced(w), fenced(x), y)
+@pytest.mark.parametrize("m", [1, 4, 6])
+def test_dot_bf16(isa, n, k, m, rng):
+    w_NK = reference.to_bf16(floats(rng, n * k)).reshape(n, k)
+    x_MK = floats(rng, m * k).reshape(m, k)
+    for scale in (1, 1e-39, 1e37):
+        scaled_MK = x_MK * np.float32(scale)
+        y_MN = empty((m, n), np.float32)
+        kernels.dot_bf16(isa, fenced(w_NK), fenced(scaled_MK), y_MN)
         with np.errstate(over="ignore", invalid="ignore"):
-            assert_same_bits(y, quant.lane_sum(x * reference.from_bf16(w))[:, 0])
+            for y_N, x_K in zip(y_MN, scaled_MK, strict=True):
+                assert_same_bits(y_N, quant.lane_sum(x_K * reference.from_bf16(w_NK))[:, 0])
 
 
 # ---- Borders ----
@@ -349,8 +353,9 @@ def test_wrong_sizes_are_refused(isa):
         lambda: kernels.rope(isa, np.zeros((1, 16), np.float32), f, f),
         lambda: kernels.silu_mul(isa, f, f[:8], f),
         lambda: kernels.add(isa, f, f[:8]),
-        lambda: kernels.dot_bf16(isa, np.zeros((2, 15), np.uint16), f, f[:2]),
-        lambda: kernels.dot_bf16(isa, np.zeros((2, 16), np.uint16), f, f[:1]),
+        lambda: kernels.dot_bf16(isa, np.zeros((2, 15), np.uint16), f[None], f[None, :2]),
+        lambda: kernels.dot_bf16(isa, np.zeros((2, 16), np.uint16), f[None], f[None, :1]),
+        lambda: kernels.dot_bf16(isa, np.zeros((2, 16), np.uint16), f[None], f[:4].reshape(2, 2)),
         lambda: kernels.sum_codes(isa, np.zeros(0, np.int8)),
     ]
     for call in calls:

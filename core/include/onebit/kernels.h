@@ -69,8 +69,9 @@ struct Kernels {
   void (*relu2_mul)(const float* gate, const float* up, int n, float* y) noexcept;
   // x[i] += y[i]
   void (*add)(const float* y, int n, float* x) noexcept;
-  // y[i] = lane_sum(w[i * ldw + j] * x[j], j < k) for n rows of bfloat16.
-  void (*dot_bf16)(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept;
+  // y[t * ldy + i] = lane_sum(w[i * ldw + j] * x[t * ldx + j], j < k) for n rows of bfloat16 and m tokens.
+  void (*dot_bf16)(const std::uint16_t* w, std::ptrdiff_t ldw, int n, const float* x, std::ptrdiff_t ldx, int m, int k,
+                   float* y, std::ptrdiff_t ldy) noexcept;
 
   // Round to the numbers of a cache, ties to even: uint16 bfloat16, or uint8 e4m3, where what is larger than 448, or NaN,
   // becomes 448.

@@ -430,45 +430,78 @@ std::int32_t sum_codes(const std::int8_t* codes, int n) noexcept {
 
 // ---- bfloat16 rows ----
 
-template <int kRows>
-ONEBIT_INLINE void sum_rows(const Bf16* w, std::ptrdiff_t ldw, const float* x, int k, Lanes* sums) {
-  const int whole = k / kLaneCount * kLaneCount;
-  Lanes sum[kRows];
+// n <= 16 products of each row and each token, added to sum[t][i].
+template <int kRows, int kTokens>
+ONEBIT_INLINE void add_products(const Bf16* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int n,
+                                Lanes (*sum)[kRows]) {
+  Lanes row[kRows];
   ONEBIT_UNROLL
-  for (int i = 0; i < kRows; ++i) sum[i] = splat(0.0f);
-  for (int j = 0; j < whole; j += kLaneCount) {
-    const Lanes input = load_lanes(x + j);
-    ONEBIT_UNROLL
-    for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load_lanes(w + i * ldw + j) * input;
-  }
-  if (whole < k) {
-    const Lanes input = load_lanes(x + whole, k - whole);
-    ONEBIT_UNROLL
-    for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load_lanes(w + i * ldw + whole, k - whole) * input;
-  }
+  for (int i = 0; i < kRows; ++i) row[i] = load_lanes(w + i * ldw, n);
   ONEBIT_UNROLL
-  for (int i = 0; i < kRows; ++i) sums[i] = sum[i];
+  for (int t = 0; t < kTokens; ++t) {
+    const Lanes input = load_lanes(x + t * ldx, n);
+    ONEBIT_UNROLL
+    for (int i = 0; i < kRows; ++i) sum[t][i] = sum[t][i] + row[i] * input;
+  }
 }
 
-void dot_bf16(const std::uint16_t* rows, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
-  const Bf16* w = reinterpret_cast<const Bf16*>(rows);
-  // Enough independent sums to hide the latency of an addition.
+// Sums of kRows rows with kTokens tokens, those of row i and token t in sums[t * ld + i].
+template <int kRows, int kTokens>
+ONEBIT_INLINE void sum_block(const Bf16* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int k, Lanes* sums,
+                             int ld) {
+  Lanes sum[kTokens][kRows];
+  ONEBIT_UNROLL
+  for (int i = 0; i < kTokens * kRows; ++i) sum[i / kRows][i % kRows] = splat(0.0f);
+  int j = 0;
+  for (; j + kLaneCount <= k; j += kLaneCount) add_products<kRows, kTokens>(w + j, ldw, x + j, ldx, kLaneCount, sum);
+  if (j < k) add_products<kRows, kTokens>(w + j, ldw, x + j, ldx, k - j, sum);
+  ONEBIT_UNROLL
+  for (int i = 0; i < kTokens * kRows; ++i) sums[i / kRows * ld + i % kRows] = sum[i / kRows][i % kRows];
+}
+
+// One token: enough independent sums to hide the latency of an addition.
+ONEBIT_INLINE void dot_token(const Bf16* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) {
   constexpr int kRows = 4;
   Lanes sums[kLaneCount];
   int i = 0;
   // Where rows are short, as those of an adapter, most of the work is in their totals: 16 together take fewer steps.
   for (; i + kLaneCount <= n; i += kLaneCount) {
-    for (int j = 0; j < kLaneCount; j += kRows) sum_rows<kRows>(w + (i + j) * ldw, ldw, x, k, sums + j);
+    for (int j = 0; j < kLaneCount; j += kRows) sum_block<kRows, 1>(w + (i + j) * ldw, ldw, x, 0, k, sums + j, 0);
     store_lanes(y + i, totals(sums));
   }
   for (; i + kRows <= n; i += kRows) {
-    sum_rows<kRows>(w + i * ldw, ldw, x, k, sums);
+    sum_block<kRows, 1>(w + i * ldw, ldw, x, 0, k, sums, 0);
     for (int j = 0; j < kRows; ++j) y[i + j] = total(sums[j]);
   }
   for (; i < n; ++i) {
-    sum_rows<1>(w + i * ldw, ldw, x, k, sums);
+    sum_block<1, 1>(w + i * ldw, ldw, x, 0, k, sums, 0);
     y[i] = total(sums[0]);
   }
+}
+
+void dot_bf16(const std::uint16_t* rows, std::ptrdiff_t ldw, int n, const float* x, std::ptrdiff_t ldx, int m, int k,
+              float* y, std::ptrdiff_t ldy) noexcept {
+  const Bf16* w = reinterpret_cast<const Bf16*>(rows);
+  // 4 rows and 4 tokens have 16 totals. Each row is loaded and widened once for as many tokens as registers allow.
+  constexpr int kBlock = 4;
+  constexpr int kPart = kParts == 1 ? kBlock : 2;
+  Lanes sums[kLaneCount];
+  float values[kLaneCount];
+  int t = 0;
+  for (; t + kBlock <= m; t += kBlock, x += kBlock * ldx, y += kBlock * ldy) {
+    int i = 0;
+    for (; i + kBlock <= n; i += kBlock) {
+      for (int part = 0; part < kLaneCount; part += kPart * kPart) {
+        const int row = part / kPart % kBlock;
+        const int token = part / (kPart * kBlock) * kPart;
+        sum_block<kPart, kPart>(w + (i + row) * ldw, ldw, x + token * ldx, ldx, k, sums + token * kBlock + row, kBlock);
+      }
+      store_lanes(values, totals(sums));
+      for (int j = 0; j < kBlock; ++j) __builtin_memcpy(y + j * ldy + i, values + j * kBlock, kBlock * sizeof *y);
+    }
+    for (int j = 0; i < n && j < kBlock; ++j) dot_token(w + i * ldw, ldw, x + j * ldx, n - i, k, y + j * ldy + i);
+  }
+  for (; t < m; ++t, x += ldx, y += ldy) dot_token(w, ldw, x, n, k, y);
 }
 
 // ---- Numbers of the cache ----

@@ -252,8 +252,11 @@ void to_cache(const float* x, int n, void* y) noexcept {
   for (int i = 0; i < n; ++i) numbers[i] = encode(x[i], T{});
 }
 
-void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) noexcept {
-  for (int i = 0; i < n; ++i) y[i] = lane_sum(k, [&](int j) { return decode(Bf16{w[i * ldw + j]}) * x[j]; });
+void dot_bf16(const std::uint16_t* w, std::ptrdiff_t ldw, int n, const float* x, std::ptrdiff_t ldx, int m, int k,
+              float* y, std::ptrdiff_t ldy) noexcept {
+  for (int t = 0; t < m; ++t, x += ldx, y += ldy) {
+    for (int i = 0; i < n; ++i) y[i] = lane_sum(k, [&](int j) { return decode(Bf16{w[i * ldw + j]}) * x[j]; });
+  }
 }
 
 // ---- Attention ----

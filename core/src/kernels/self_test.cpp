@@ -90,7 +90,7 @@ struct Answers {
   float rotated[kHeads * kWidth];
   float gated[2][kValues];
   float added[kValues];
-  float dots[3];
+  float dots[kTokens * kTokens];
   std::uint16_t halves[kValues];
   std::uint8_t bytes[kValues];
   float m[kFloatFormats][kHeads];
@@ -136,7 +136,8 @@ struct Answers {
     table.relu2_mul(g.a, g.b, kValues, gated[1]);
     std::memcpy(added, g.a, sizeof added);
     table.add(g.b, kValues, added);
-    table.dot_bf16(g.keys[0], kValues + 3, g.a, 3, kValues, dots);
+    // Tokens that overlap.
+    table.dot_bf16(g.keys[0], kValues + 3, kTokens, g.a, 1, kTokens, kValues - kTokens, dots, kTokens);
     table.to_cache[0](g.a, kValues, halves);
     table.to_cache[1](g.a, kValues, bytes);
     const void* const keys[] = {g.keys[0], g.keys[1], g.keys[0]};
