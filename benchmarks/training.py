@@ -1,8 +1,8 @@
 """What rounding costs in training, as a function of size, and what each option of a recipe is worth.
 
-    python benchmarks/training.py rates --data texts --runs runs/law        # tries learning rates for each kind
-    python benchmarks/training.py law --data texts --runs runs/law --rates 6e-3,3e-3,1.5e-3 --out law.json
-    python benchmarks/training.py options --data texts --runs runs/law --rates 6e-3,3e-3,1.5e-3 --out options.json
+    python benchmarks/training.py rates --data texts --runs runs/law --sizes 276K    # tries learning rates
+    python benchmarks/training.py law --data texts --runs runs/law --out law.json
+    python benchmarks/training.py options --data texts --runs runs/law --out options.json
 
 Every run is a run folder of its own with a recipe.json; what is finished is not done again, and what was stopped goes
 on. All runs see the same tokens in the same order for a seed. Prints a table, and last a JSON line, which --out keeps;
@@ -10,6 +10,7 @@ the picture goes to a PNG beside it.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -27,16 +28,45 @@ import numpy as np
 from onebit.train import recipes
 from onebit.train.recipe import Recipe
 
-KINDS = {"ternary": "b1.58", "binary": "b1", "full precision": "b1.58-dense"}
-SEQ_LEN, BATCH, VOCABULARY = 256, 8, 1024
-# Width, layers, seeds: the larger a model, the less seeds differ and the more they cost.
-SIZES = [(32, 2, 3), (48, 2, 3), (64, 2, 3), (96, 3, 3), (128, 4, 2)]
-BASE, SMALL = (64, 2), (96, 3)
-RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+# Every kind has the schedule of the shipped model, at a rate of its own.
+KINDS = {
+    "ternary": ("stories", ["model.weights=b1.58"]),
+    "binary": ("stories", ["model.weights=b1"]),
+    "full precision": ("stories-dense", []),
+}
+SEQ_LEN, BATCH, VOCABULARY = 512, 4, 4096
+# Width, layers, heads of queries and of keys, width of a head and of the feed-forward layer, by the weights in linear
+# layers. The last is the shipped model.
+SHAPES = {
+    "82K": (64, 2, 2, 2, 32, 128),
+    "276K": (96, 3, 3, 3, 32, 192),
+    "655K": (128, 4, 4, 4, 32, 256),
+    "1.8M": (192, 5, 6, 6, 32, 384),
+    "8.1M": (384, 5, 4, 2, 96, 1024),
+}
+ABLATED = "276K"
+N_SEEDS = 3
+# Less of what is dearest.
+FEWER_SEEDS = {
+    ("binary", "8.1M"): 1,
+    ("ternary", "1.8M"): 2,
+    ("binary", "1.8M"): 2,
+    ("full precision", "1.8M"): 2,
+}
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
+# The best of them, by kind in the order of KINDS.
+PEAKS = {
+    "82K": (3.2e-2, 3.2e-2, 3.2e-2),
+    "276K": (3.2e-2, 3.2e-2, 3.2e-2),
+    "655K": (3.2e-2, 3.2e-2, 3.2e-2),
+    "1.8M": (3.2e-2, 3.2e-2, 3.2e-2),
+    "8.1M": (1.6e-2, 1.6e-2, 1.6e-2),
+}
 # Each alone against the default, at one size.
 OPTIONS = {
     "stochastic rounding, temperature 0.1": ["options.noise=0.1"],
     "stochastic rounding, temperature 0.5": ["options.noise=0.5"],
+    "AdamW": ["options.optimizer=adamw"],
     "sign-SGD (signum), rate / 10": ["options.optimizer=signum"],
     "L1 1e-6": ["options.l1=1e-6"],
     "L1 1e-6 + L2 1e-5": ["options.l1=1e-6", "options.l2=1e-5"],
@@ -54,8 +84,8 @@ OPTIONS = {
     "one stage": ["optim.switch=1"],
     "no clipping of gradients": ["optim.grad_clip=0"],
     "no sub-norms": ["model.sub_norm=false"],
-    "squared ReLU": ["model.activation=relu2"],
-    "a4.8, 8 bits first": ["model.activation=relu2", "model.activations=a4.8", "options.first_activations=a8"],
+    "SwiGLU": ["model.activation=silu"],
+    "a4.8, 8 bits first": ["model.activations=a4.8", "options.first_activations=a8"],
     "4-bit inputs, 8 bits first": ["model.activations=a4", "options.first_activations=a8"],
     "4-bit inputs, rotated, 8 bits first": [
         "model.activations=a4", "model.hadamard=true", "options.first_activations=a8"
@@ -68,29 +98,25 @@ class Job:
     """A run: where it belongs in the result, and its recipe."""
 
     kind: str
-    width: int
+    size: str
     label: str
     recipe: Recipe
 
 
-def make(
-    kind: str, size: tuple[int, int], rate: float, seed: int, steps: int, sets: Iterable[str] = ()
-) -> Recipe:
-    """The recipe of a kind at a width and depth that no dial has; feed-forward layers are twice as wide."""
-    width, n_layers = size
-    heads = width // 32
-    recipe = recipes.build(KINDS[kind])
-    shape = {"d_model": width, "n_layers": n_layers, "n_heads": heads, "n_kv_heads": heads, "d_head": 32}
-    overrides = [f"model.{name}={value}" for name, value in shape.items()]
+def make(kind: str, size: str, rate: float, seed: int, steps: int, sets: Iterable[str] = ()) -> Recipe:
+    """The recipe of a kind at one of the shapes."""
+    name, overrides = KINDS[kind]
+    recipe = recipes.build(name, overrides)
+    names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff")
+    overrides = [f"model.{name}={value}" for name, value in zip(names, SHAPES[size], strict=True)]
     # The second stage keeps its share of the first, and so does the rate of signum, whose steps are all of one size.
     share = recipe.optim.lr_second / recipe.optim.lr
     sets = [text.replace("{steps//5}", str(steps // 5)) for text in sets]
     rate = rate / 10 if "options.optimizer=signum" in sets else rate
     overrides += [
-        f"model.d_ff={2 * width}", f"model.max_seq_len={SEQ_LEN}", f"data.seq_len={SEQ_LEN}",
-        f"model.vocab_size={VOCABULARY}", f"data.vocab_size={VOCABULARY}", f"batch_size={BATCH}", f"steps={steps}",
-        f"optim.lr={rate}", f"optim.lr_second={rate * share}", f"optim.warmup_steps={steps // 10}",
-        "precision=f32", "compile=false", "threads=1", f"seed={seed}", f"evaluate_every={steps}", "save_every=100",
+        f"batch_size={BATCH}", f"steps={steps}", f"optim.lr={rate}", f"optim.lr_second={rate * share}",
+        f"optim.warmup_steps={steps // 10}", "options.optimizer=muon", "compile=true",
+        f"seed={seed}", f"evaluate_every={steps // 4}", "evaluate_sequences=128", "save_every=100",
         "health_every=0", *sets,
     ]  # fmt: skip
     return recipes.override(recipe, overrides)
@@ -125,7 +151,7 @@ def run(job: Job, corpus: Path, out: Path) -> dict[str, Any]:
             diverged.write_text(str(error))
         done = last_record(out)
     return {
-        "kind": job.kind, "width": job.width, "label": job.label, "seed": recipe.seed, "rate": recipe.optim.lr,
+        "kind": job.kind, "size": job.size, "label": job.label, "seed": recipe.seed, "rate": recipe.optim.lr,
         "weights": n_weights(recipe), "tokens": recipe.steps * BATCH * SEQ_LEN,
         "bits_per_byte": None if diverged.exists() else done["held_out_bits_per_byte"],
         "tok_per_s": done.get("tok_per_s"),
@@ -151,9 +177,7 @@ def run_all(
     with ProcessPoolExecutor(processes) as pool:
         waiting = {}
         for job in jobs:
-            name = "-".join(
-                [job.kind, str(job.width), job.label, str(job.recipe.seed), f"{job.recipe.optim.lr:g}"]
-            )
+            name = "-".join([job.kind, job.size, job.label, str(job.recipe.seed), f"{job.recipe.optim.lr:g}"])
             folder = runs / "".join(
                 c if c.isalnum() or c in ".-" else "_" for c in f"{name}-{job.recipe.steps}"
             )
@@ -195,11 +219,12 @@ def mean_and_spread(values: list[float]) -> str:
 def law(results: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
     """Table, fits and picture of losses over sizes."""
     sizes = sorted({r["weights"] for r in results})
-    by = {
-        (k, n): [r["bits_per_byte"] for r in results if r["kind"] == k and r["weights"] == n]
+    by_seed = {
+        (k, n): {r["seed"]: r["bits_per_byte"] for r in results if r["kind"] == k and r["weights"] == n}
         for k in KINDS
         for n in sizes
     }
+    by = {at: list(runs.values()) for at, runs in by_seed.items()}
     fits = {
         k: fit_law([(r["weights"], r["bits_per_byte"]) for r in results if r["kind"] == k]) for k in KINDS
     }
@@ -207,10 +232,10 @@ def law(results: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
     print("|---" * (3 + len(KINDS)) + "|")
     gaps: dict[str, dict[int, list[float]]] = {"ternary": {}, "binary": {}}
     for n in sizes:
-        twin = by["full precision", n]
+        twin = by_seed["full precision", n]
         for kind in gaps:
             # Seeds in pairs: the same data order on both sides.
-            gaps[kind][n] = [100 * (a / b - 1) for a, b in zip(by[kind, n], twin, strict=True)]
+            gaps[kind][n] = [100 * (loss / twin[seed] - 1) for seed, loss in by_seed[kind, n].items()]
         cells = [mean_and_spread(by[k, n]) for k in KINDS] + [
             f"{statistics.mean(gaps[k][n]):.1f} %" for k in gaps
         ]
@@ -319,37 +344,29 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of text")
     parser.add_argument("--include", default="*", help="glob pattern of the files in it")
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
-    parser.add_argument("--rates", help=f"peak learning rates of {', '.join(KINDS)}, as 6e-3,3e-3,1.5e-3")
+    parser.add_argument("--sizes", help=f"some of {', '.join(SHAPES)}")
     parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} x {SEQ_LEN} tokens")
     parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has two more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     steps = arguments.steps
+    sizes = arguments.sizes.split(",") if arguments.sizes else list(SHAPES)
     jobs: list[Job] = []
     if arguments.what == "rates":
-        for kind in KINDS:
-            jobs += [Job(kind, SMALL[0], "default", make(kind, SMALL, rate, 1, steps)) for rate in RATES]
-    else:
-        if not arguments.rates:
-            parser.error("--rates is missing; find them with: rates")
-        rates = dict(zip(KINDS, map(float, arguments.rates.split(",")), strict=True))
+        for size, kind, rate in itertools.product(sizes, KINDS, RATES):
+            jobs.append(Job(kind, size, "default", make(kind, size, rate, 1, steps)))
     if arguments.what == "law":
-        for width, n_layers, n_seeds in SIZES:
-            jobs += [
-                Job(kind, width, "default", make(kind, (width, n_layers), rate, seed, steps))
-                for kind, rate in rates.items() for seed in range(1, n_seeds + 1)
-            ]  # fmt: skip
+        for size, seed in itertools.product(sizes, range(1, N_SEEDS + 1)):
+            for kind, peak in zip(KINDS, PEAKS[size], strict=True):
+                if seed <= FEWER_SEEDS.get((kind, size), N_SEEDS):
+                    jobs.append(Job(kind, size, "default", make(kind, size, peak, seed, steps)))
     if arguments.what == "options":
+        peak = PEAKS[ABLATED][0]
         for seed in range(1, arguments.seeds + 3):
-            jobs.append(
-                Job("ternary", BASE[0], "default", make("ternary", BASE, rates["ternary"], seed, steps))
-            )
-        for seed in range(1, arguments.seeds + 1):
-            jobs += [
-                Job("ternary", BASE[0], label, make("ternary", BASE, rates["ternary"], seed, steps, sets))
-                for label, sets in OPTIONS.items()
-            ]  # fmt: skip
+            jobs.append(Job("ternary", ABLATED, "default", make("ternary", ABLATED, peak, seed, steps)))
+        for seed, (label, sets) in itertools.product(range(1, arguments.seeds + 1), OPTIONS.items()):
+            jobs.append(Job("ternary", ABLATED, label, make("ternary", ABLATED, peak, seed, steps, sets)))
     results = run_all(jobs, arguments.data, arguments.include, arguments.runs, arguments.jobs)
     summary: dict[str, Any] = {}
     if arguments.what != "rates":

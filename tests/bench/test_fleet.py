@@ -55,11 +55,27 @@ def test_a_fresh_process_tells_its_start_and_its_memory(tmp_path):
     fleet.close()
 
 
+def busy(folder):
+    """An engine that loads for ever."""
+    (folder / "busy.py").write_text("import time\ntime.sleep(600)\n")
+    return Engine({"engine": "busy:Busy", "folders": [str(folder)]}, 0)
+
+
+def test_an_engine_that_takes_too_long_is_ended_and_named(tmp_path):
+    fleet = Fleet({"busy": busy(tmp_path)}, time_limit=1)
+    with pytest.raises(Absent, match="took longer than 1 seconds; --time-limit allows more"):
+        fleet.start("busy")
+    assert not fleet._workers
+    # It is not waited for again.
+    started = time.perf_counter()
+    with pytest.raises(Absent, match="--time-limit"):
+        fleet.ask("busy", {"what": "decode"})
+    assert time.perf_counter() - started < 0.5
+
+
 def test_an_engine_that_computes_on_is_ended(tmp_path, monkeypatch):
     # Its pipe is closed while it loads, and it never looks.
-    (tmp_path / "busy.py").write_text("import time\ntime.sleep(600)\n")
-    arguments = {"engine": "busy:Busy", "folders": [str(tmp_path)]}
-    fleet = Fleet({"busy": Engine(arguments, 0)})
+    fleet = Fleet({"busy": busy(tmp_path)})
     monkeypatch.setattr(fleets, "FAREWELL_S", 0.1)
     monkeypatch.setattr(fleet, "_receive", lambda name: {"info": {}, "load_s": 0.0})
     fleet.start("busy")

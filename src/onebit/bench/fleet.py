@@ -7,6 +7,7 @@ fleet.ask("ours", {"what": "decode", "threads": 2, "seconds": 0.5})
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,9 @@ SETTLE_S = 0.05
 
 # What ends when its pipe is closed has ended by then; what computes on is ended.
 FAREWELL_S = 5.0
+
+# Of one measurement, or of loading a model: what takes longer is not worth the wait.
+TIME_LIMIT_S = 600.0
 
 Watch = Callable[[int], AbstractContextManager[Any]]
 
@@ -83,10 +87,12 @@ class Fleet:
 
     Args:
         engines: by name.
+        time_limit: seconds after which an engine that has not answered is ended.
     """
 
-    def __init__(self, engines: dict[str, Engine]) -> None:
+    def __init__(self, engines: dict[str, Engine], time_limit: float = TIME_LIMIT_S) -> None:
         self.engines = engines
+        self.time_limit = time_limit
         self.info: dict[str, dict[str, Any]] = {}
         self.loads_s: dict[str, list[float]] = {name: [] for name in engines}
         self.peaks: dict[str, int] = {}
@@ -198,9 +204,16 @@ class Fleet:
     def _receive(self, name: str) -> dict[str, Any]:
         process = self._workers[name].process
         assert process.stdout is not None
+        asked = time.perf_counter()
+        overdue = threading.Timer(self.time_limit, process.kill)
+        overdue.daemon = True
+        overdue.start()
         line = process.stdout.readline()
+        overdue.cancel()
         if not line:
             code = process.wait()
+            if time.perf_counter() - asked >= self.time_limit:
+                raise Absent(f"took longer than {self.time_limit:g} seconds; --time-limit allows more")
             raise Absent(
                 f"its process died with signal {-code}" if code < 0 else f"its process ended with {code}"
             )

@@ -19,7 +19,7 @@ from onebit.bench import peers
 from onebit.bench.conditions import Conditions
 from onebit.bench.counters import Perf, Rapl
 from onebit.bench.figures import Key, Series, figure
-from onebit.bench.fleet import Absent, Answer, Engine, Fleet, Watch
+from onebit.bench.fleet import TIME_LIMIT_S, Absent, Answer, Engine, Fleet, Watch
 from onebit.bench.foreign import LIMIT
 from onebit.checkpoint import Checkpoint
 from onebit.config import Activations, ModelConfig
@@ -55,6 +55,7 @@ class Plan:
         tokens: of that text.
         cpus: that engines are bound to, or None.
         memory_limit: bytes of address space that an engine may take, or None.
+        time_limit: seconds that an engine may take for one measurement, or to load its model.
     """
 
     threads: int
@@ -68,6 +69,7 @@ class Plan:
     tokens: int = 32
     cpus: tuple[int, ...] | None = None
     memory_limit: int | None = None
+    time_limit: float = TIME_LIMIT_S
 
     def check(self, max_seq_len: int) -> None:
         """Refuse what cannot be measured of a model with such a context.
@@ -79,6 +81,10 @@ class Plan:
             raise ValueError(f"--rounds is {self.rounds}; expected at least 1")
         if not 0 <= self.seconds <= MAX_SECONDS:
             raise ValueError(f"--seconds is {self.seconds}; expected from 0 to {MAX_SECONDS}")
+        if not self.seconds < self.time_limit <= MAX_SECONDS:
+            raise ValueError(
+                f"--time-limit is {self.time_limit:g}; expected more than --seconds, and at most {MAX_SECONDS}"
+            )
         for name, least in (("contexts", 0), ("batches", 1), ("prompts", 1)):
             for value in getattr(self, name):
                 if value < least:
@@ -172,7 +178,7 @@ class Session:
         Raises:
             ValueError: our own model does not run, or not within the memory that it may take.
         """
-        fleet = Fleet(self._started)
+        fleet = Fleet(self._started, self.plan.time_limit)
         try:
             self._start(fleet, progress)
             turns = list(self._turns())

@@ -72,6 +72,10 @@ def bench(
         str | None,
         typer.Option(help="Address space that each engine may take, as in 4GiB.", show_default=False),
     ] = None,
+    time_limit: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="That an engine may take for one measurement, or to load."),
+    ] = 600,
     kv_cache: KvCache = "bf16",
     out: Annotated[
         Path | None, typer.Option(help="File of results (.json) of this run.", show_default=False)
@@ -129,6 +133,7 @@ def bench(
         _numbers("--prompts", prompts) or tuple(n for n in (128, 512) if n <= context) or (context // 2,),
         cpus=None if pinned is None else tuple(pinned),
         memory_limit=limit,
+        time_limit=time_limit,
         **({} if context >= 128 else {"prompt": context // 4, "tokens": context // 4}),
     )
     plan.check(context)
