@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.text import Annotation
 
 TEXT, GRID = "#7a828e", "#7a828e40"
 OURS, LIMIT = "#2f81f7", "#e5534b"
@@ -106,13 +107,21 @@ def _roofline(axis: Axes, data: dict[str, Any]) -> None:
         fontsize=8, ha="right",
     )  # fmt: skip
     axis.scatter(xs, ys, color=OURS, zorder=3)
-    for i, (x, y, (_, speed, words)) in enumerate(zip(xs, ys, points, strict=True)):
-        # Towards the middle, where there is room, and neighbours not on one line.
+    labels: list[Annotation] = []
+    for x, y, (_, speed, words) in zip(xs, ys, points, strict=True):
+        # Towards the middle, where there is room, and as far below the point as other labels are in the way.
         on_left = x * x > left * right
-        axis.annotate(
-            f"{words}: {speed:,.0f} tok/s", (x, y), (-8 if on_left else 8, -12 - 10 * (i % 2)),
-            textcoords="offset points", fontsize=8, ha="right" if on_left else "left",
-        )  # fmt: skip
+        for below in range(12, 72, 10):
+            label = axis.annotate(
+                f"{words}: {speed:,.0f} tok/s", (x, y), (-8 if on_left else 8, -below), textcoords="offset points",
+                fontsize=8, ha="right" if on_left else "left",
+            )  # fmt: skip
+            if not any(label.get_window_extent().overlaps(other.get_window_extent()) for other in labels):
+                break
+            label.remove()
+        else:
+            axis.add_artist(label)
+        labels.append(label)
     _frame(axis, "roofline: onebit below what the memory allows")
     axis.set_xlabel("operations per byte of weights, keys and values", fontsize=9)
     axis.set_ylabel("operations per second", fontsize=9)
