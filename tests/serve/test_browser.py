@@ -254,25 +254,31 @@ def test_no_request_leaves_the_server(page, server):
     assert [url for url in requests if not url.startswith(server.url + "/")] == []
 
 
-def test_settings_are_remembered_and_sent(page, server):
+def test_settings_are_remembered_and_sent(page, models):
     page.open()
     page.one("#open-settings").click()
     page.one("#seed").send_keys("41")
     page.one("#max_tokens").clear()
-    page.one("#max_tokens").send_keys("3")
+    page.one("#max_tokens").send_keys("30")
     page.one("#temperature").send_keys(Keys.HOME)
+    page.one("#repetition_penalty").send_keys(Keys.END)
     page.one("#seed").send_keys(Keys.ESCAPE)
     page.wait(lambda: not page.one("#settings").is_displayed())
     page.open()
     page.one("#open-settings").click()
-    values = [
-        page.one(f"#{name}").get_attribute("value") for name in ("seed", "max_tokens", "temperature", "top_k")
-    ]
-    assert values == ["41", "3", "0", "40"]
+    names = ("seed", "max_tokens", "temperature", "repetition_penalty", "top_k")
+    values = [page.one(f"#{name}").get_attribute("value") for name in names]
+    assert values == ["41", "30", "0", "1.5", "40"]
     page.one("#settings header button").click()
-    page.say("Once upon a time")
-    page.finish()
-    assert page.one(".figures").text.startswith("3 tokens") and "seed 41" in page.one(".figures").text
+    prompt = "Once upon a time"
+    page.say(prompt)
+    expected, plain = (
+        prompt
+        + models["stories"].generate(prompt, max_tokens=30, temperature=0, repetition_penalty=penalty).text
+        for penalty in (1.5, 1.0)
+    )
+    assert [text.split() for text in page.finish()] == [expected.split()] != [plain.split()]
+    assert page.one(".figures").text.startswith("30 tokens") and "seed 41" in page.one(".figures").text
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(page):

@@ -4,7 +4,9 @@ import { key } from "./api.js";
 
 const STORE = "onebit.settings";
 // Those of `onebit run`.
-const DEFAULTS = { temperature: 0.8, top_p: 0.95, min_p: 0, top_k: 40, max_tokens: 256, seed: "", system: "" };
+const DEFAULTS = {
+  temperature: 0.8, top_p: 0.95, min_p: 0, repetition_penalty: 1, top_k: 40, max_tokens: 256, seed: "", system: "",
+};
 
 const $ = (id) => document.getElementById(id);
 const dialog = $("settings");
@@ -44,7 +46,7 @@ export function sampling() {
   const number = (name) => (values[name] === "" ? DEFAULTS[name] : Number(values[name]));
   return {
     temperature: number("temperature"), top_p: number("top_p"), min_p: number("min_p"),
-    top_k: number("top_k"), max_tokens: number("max_tokens"),
+    repetition_penalty: number("repetition_penalty"), top_k: number("top_k"), max_tokens: number("max_tokens"),
     seed: values.seed === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : Number(values.seed),
   };
 }
