@@ -309,8 +309,8 @@ def test_outputs_may_be_inputs(isa, name, rng):
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 9, 16, 38])
-@pytest.mark.parametrize("k", [1, 16, 17, 100, 257])
-@pytest.mark.parametrize("m", [1, 4, 6])
+@pytest.mark.parametrize("k", [1, 16, 17, 100, 257, 1050])
+@pytest.mark.parametrize("m", [1, 4, 6, 39, 101])
 def test_dot_bf16(isa, n, k, m, rng):
     w_NK = reference.to_bf16(floats(rng, n * k)).reshape(n, k)
     x_MK = floats(rng, m * k).reshape(m, k)
