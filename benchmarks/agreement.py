@@ -31,13 +31,21 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 Logits = Callable[[list[int]], np.ndarray]
 
 
-def llama(path: Path) -> Logits:
+def llama(path: Path, threads: int) -> Logits:
     """The logits of all positions of a text, with a cache of bfloat16."""
     import llama_cpp
 
     bf16 = 30
     model = llama_cpp.Llama(
-        str(path), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, type_k=bf16, type_v=bf16, verbose=False
+        str(path),
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_ctx=CONTEXT,
+        n_batch=CONTEXT,
+        logits_all=True,
+        type_k=bf16,
+        type_v=bf16,
+        verbose=False,
     )
 
     def logits(tokens: list[int]) -> np.ndarray:
@@ -106,11 +114,12 @@ def main() -> None:
     parser.add_argument("--lambada", type=Path, help="lambada_test.jsonl.xz")
     parser.add_argument("--items", type=int, default=1000, help="of LAMBADA, from the first on")
     parser.add_argument("--exact", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4096)
     asked = parser.parse_args()
-    llm = onebit.load(asked.model)
+    llm = onebit.load(asked.model, threads=asked.threads)
     if asked.lambada:
-        compare_lambada(llm, llama(asked.model), asked.lambada, asked.items)
+        compare_lambada(llm, llama(asked.model, asked.threads), asked.lambada, asked.items)
     if not asked.text:
         return
     tokens = llm.tokenizer.encode(asked.text.read_text("utf-8")[: 8 * asked.tokens])[: asked.tokens]
@@ -119,10 +128,10 @@ def main() -> None:
     def of(logits: Logits) -> list[np.ndarray]:
         return [log_probabilities(logits(chunk)) for chunk in chunks]
 
-    ours, theirs = of(llm.logits), of(llama(asked.model))
+    ours, theirs = of(llm.logits), of(llama(asked.model, asked.threads))
     report(f"llama.cpp with {asked.model.name}, and onebit", theirs, ours, chunks)
     if asked.exact:
-        exact = of(llama(asked.exact))
+        exact = of(llama(asked.exact, asked.threads))
         report(f"llama.cpp with {asked.exact.name}, and onebit", exact, ours, chunks)
         report(f"llama.cpp with {asked.exact.name}, and with {asked.model.name}", exact, theirs, chunks)
 
