@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import onebit
+from onebit.engine.model import choose_threads
 
 CONTEXT = 512
 
@@ -114,12 +115,15 @@ def main() -> None:
     parser.add_argument("--lambada", type=Path, help="lambada_test.jsonl.xz")
     parser.add_argument("--items", type=int, default=1000, help="of LAMBADA, from the first on")
     parser.add_argument("--exact", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="of both, all by default")
     parser.add_argument("--tokens", type=int, default=4096)
     asked = parser.parse_args()
-    llm = onebit.load(asked.model, threads=asked.threads)
+    if not (asked.text or asked.lambada):
+        parser.error("nothing to compare on; give --text or --lambada")
+    threads = choose_threads(asked.threads)
+    llm = onebit.load(asked.model, threads=threads)
     if asked.lambada:
-        compare_lambada(llm, llama(asked.model, asked.threads), asked.lambada, asked.items)
+        compare_lambada(llm, llama(asked.model, threads), asked.lambada, asked.items)
     if not asked.text:
         return
     tokens = llm.tokenizer.encode(asked.text.read_text("utf-8")[: 8 * asked.tokens])[: asked.tokens]
@@ -128,10 +132,10 @@ def main() -> None:
     def of(logits: Logits) -> list[np.ndarray]:
         return [log_probabilities(logits(chunk)) for chunk in chunks]
 
-    ours, theirs = of(llm.logits), of(llama(asked.model, asked.threads))
+    ours, theirs = of(llm.logits), of(llama(asked.model, threads))
     report(f"llama.cpp with {asked.model.name}, and onebit", theirs, ours, chunks)
     if asked.exact:
-        exact = of(llama(asked.exact, asked.threads))
+        exact = of(llama(asked.exact, threads))
         report(f"llama.cpp with {asked.exact.name}, and onebit", exact, ours, chunks)
         report(f"llama.cpp with {asked.exact.name}, and with {asked.model.name}", exact, theirs, chunks)
 

@@ -34,7 +34,7 @@ KINDS = {
     "binary": ("stories", ["model.weights=b1"]),
     "full precision": ("stories-dense", []),
 }
-SEQ_LEN, BATCH, VOCABULARY = 512, 4, 4096
+SHIPPED = recipes.build("stories")
 # Width, layers, heads of queries and of keys, width of a head and of the feed-forward layer, by the weights in linear
 # layers. The last is the shipped model.
 SHAPES = {
@@ -49,7 +49,7 @@ ABLATED = "276K"
 N_SEEDS = {"82K": 3, "276K": 3, "655K": 2, "1.8M": 1, "8.1M": 3}
 FEWER_SEEDS = {("binary", "8.1M"): 1}
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
-# The best of them, by kind in the order of KINDS.
+# Of each kind, in the order of KINDS: the best that was tried (docs/log.md), or that of the nearest size.
 PEAKS = {
     "82K": (3.2e-2, 3.2e-2, 3.2e-2),
     "276K": (3.2e-2, 3.2e-2, 3.2e-2),
@@ -109,7 +109,7 @@ def make(kind: str, size: str, rate: float, seed: int, steps: int, sets: Iterabl
     sets = [text.replace("{steps//5}", str(steps // 5)) for text in sets]
     rate = rate / 10 if "options.optimizer=signum" in sets else rate
     overrides += [
-        f"batch_size={BATCH}", f"steps={steps}", f"optim.lr={rate}", f"optim.lr_second={rate * share}",
+        f"steps={steps}", f"optim.lr={rate}", f"optim.lr_second={rate * share}",
         f"optim.warmup_steps={steps // 10}", "options.optimizer=muon", "compile=true",
         f"seed={seed}", f"evaluate_every={steps // 4}", "evaluate_sequences=128", "save_every=100",
         "health_every=0", *sets,
@@ -136,9 +136,11 @@ def run(job: Job, corpus: Path, out: Path) -> dict[str, Any]:
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
             state.start(recipe, out)
-        text = data.prepare(None, corpus, (), VOCABULARY, 0.01, SEQ_LEN)
+        text = data.prepare(
+            None, corpus, (), recipe.data.vocab_size, recipe.data.held_out, recipe.data.seq_len
+        )
         end = text.end_token
-        config = replace(recipe.model, vocab_size=VOCABULARY, bos_token=end, eos_tokens=(end,))
+        config = replace(recipe.model, bos_token=end, eos_tokens=(end,))
         model = Transformer(config, recipe.seed, learned_scale=recipe.options.learned_scale)
         try:
             loop.fit(recipe, next_token(recipe, text), model, out, resumed)
@@ -147,7 +149,7 @@ def run(job: Job, corpus: Path, out: Path) -> dict[str, Any]:
         done = last_record(out)
     return {
         "kind": job.kind, "size": job.size, "label": job.label, "seed": recipe.seed, "rate": recipe.optim.lr,
-        "weights": n_weights(recipe), "tokens": recipe.steps * BATCH * SEQ_LEN,
+        "weights": n_weights(recipe), "tokens": recipe.steps * recipe.batch_size * recipe.data.seq_len,
         "bits_per_byte": None if diverged.exists() else done["held_out_bits_per_byte"],
         "tok_per_s": done.get("tok_per_s"),
     }  # fmt: skip
@@ -167,7 +169,8 @@ def run_all(
     from onebit.train import data
 
     corpus = runs / "corpus"
-    data.prepare(data_folder, corpus, (include,), VOCABULARY, 0.01, SEQ_LEN)
+    cut = SHIPPED.data
+    data.prepare(data_folder, corpus, (include,), cut.vocab_size, cut.held_out, cut.seq_len)
     results = []
     with ProcessPoolExecutor(processes) as pool:
         waiting = {}
@@ -340,7 +343,9 @@ def main() -> None:
     parser.add_argument("--include", default="*", help="glob pattern of the files in it")
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--sizes", help=f"some of {', '.join(SHAPES)}")
-    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} x {SEQ_LEN} tokens")
+    parser.add_argument(
+        "--steps", type=int, default=300, help=f"of {SHIPPED.batch_size} x {SHIPPED.data.seq_len} tokens"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has two more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -1,4 +1,4 @@
-// Attention over the key-value cache, in vector extensions: the second half of lanes.inl, which includes it.
+// Attention over the key-value cache, in vector extensions. A part of lanes.inl, which includes it.
 //
 //   cache             a block of 64 keys is                        work per 16 key elements and head
 //   bf16, fp8         dotted as floats, in lanes                   a product and a sum; the conversion is shared

@@ -176,7 +176,7 @@ class Session:
         """Measure everything once a round; every second round backwards, so that nobody always follows the same one.
 
         Raises:
-            ValueError: our own model does not run, or not within the memory that it may take.
+            ValueError: our own model does not run, or not within the memory and the time that it may take.
         """
         fleet = Fleet(self._started, self.plan.time_limit)
         try:
@@ -243,7 +243,8 @@ class Session:
         if limit is None:
             return reason
         engine = self._started[_fresh(name)]
-        fleet = Fleet({name: replace(engine, arguments={**engine.arguments, "memory_limit": None})})
+        unlimited = replace(engine, arguments={**engine.arguments, "memory_limit": None})
+        fleet = Fleet({name: unlimited}, self.plan.time_limit)
         try:
             answer = fleet.ask(name, {"what": "one_text", **self._cold()})
         except Absent as error:

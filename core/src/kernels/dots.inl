@@ -1,0 +1,126 @@
+// Rows of bfloat16 times vectors of floats, in vector extensions: full-precision layers, heads and adapters. A part of
+// lanes.inl, which includes it.
+//
+//   tokens         a block of 4 rows is            work per 16 inputs of a row and token
+//   1              one token at a time             a load, two steps to widen it, a product and a sum
+//   from 4         4 tokens at a time              a quarter of the loads and of the widening
+//   from 32        widened once for 64 tokens      a product and a sum
+
+// n <= 16 products of each row and each token, added to sum[t][i].
+template <int kRows, int kTokens, typename T>
+ONEBIT_INLINE void add_products(const T* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int n,
+                                Lanes (*sum)[kRows]) {
+  Lanes row[kRows];
+  ONEBIT_UNROLL
+  for (int i = 0; i < kRows; ++i) row[i] = load_lanes(w + i * ldw, n);
+  ONEBIT_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    const Lanes input = load_lanes(x + t * ldx, n);
+    ONEBIT_UNROLL
+    for (int i = 0; i < kRows; ++i) sum[t][i] = sum[t][i] + row[i] * input;
+  }
+}
+
+// Sums of kRows rows with kTokens tokens over k inputs, those of row i and token t in sums[t * ld + i]; they go on from
+// what is there, or begin at +0.
+template <int kRows, int kTokens, bool kGoOn, typename T>
+ONEBIT_INLINE void sum_block(const T* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int k, Lanes* sums,
+                             int ld) {
+  Lanes sum[kTokens][kRows];
+  ONEBIT_UNROLL
+  for (int i = 0; i < kTokens * kRows; ++i) {
+    sum[i / kRows][i % kRows] = kGoOn ? sums[i / kRows * ld + i % kRows] : splat(0.0f);
+  }
+  int j = 0;
+  for (; j + kLaneCount <= k; j += kLaneCount) add_products<kRows, kTokens>(w + j, ldw, x + j, ldx, kLaneCount, sum);
+  if (j < k) add_products<kRows, kTokens>(w + j, ldw, x + j, ldx, k - j, sum);
+  ONEBIT_UNROLL
+  for (int i = 0; i < kTokens * kRows; ++i) sums[i / kRows * ld + i % kRows] = sum[i / kRows][i % kRows];
+}
+
+// One token: enough independent sums to hide the latency of an addition.
+ONEBIT_INLINE void dot_token(const Bf16* w, std::ptrdiff_t ldw, const float* x, int n, int k, float* y) {
+  constexpr int kRows = 4;
+  Lanes sums[kLaneCount];
+  int i = 0;
+  // Where rows are short, as those of an adapter, most of the work is in their totals: 16 together take fewer steps.
+  for (; i + kLaneCount <= n; i += kLaneCount) {
+    for (int j = 0; j < kLaneCount; j += kRows) {
+      sum_block<kRows, 1, false>(w + (i + j) * ldw, ldw, x, 0, k, sums + j, 0);
+    }
+    store_lanes(y + i, totals(sums));
+  }
+  for (; i + kRows <= n; i += kRows) {
+    sum_block<kRows, 1, false>(w + i * ldw, ldw, x, 0, k, sums, 0);
+    for (int j = 0; j < kRows; ++j) y[i + j] = total(sums[j]);
+  }
+  for (; i < n; ++i) {
+    sum_block<1, 1, false>(w + i * ldw, ldw, x, 0, k, sums, 0);
+    y[i] = total(sums[0]);
+  }
+}
+
+// 4 rows and 4 tokens have 16 totals, which are made together.
+constexpr int kDotBlock = 4;
+// Widened rows and sums stay in the nearest cache: so many tokens and inputs at a time. Fewer tokens than the last are
+// done before their rows were widened.
+constexpr int kDotTokens = 64;
+constexpr int kDotInputs = 1024;
+constexpr int kWidenFrom = 32;
+
+// Adds the products of 4 rows and m tokens, a multiple of 4, over n inputs to sums[t * 4 + i].
+template <typename T>
+ONEBIT_INLINE void add_block(const T* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int m, int n,
+                             Lanes* sums) {
+  // As many sums at a time as there are registers for.
+  constexpr int kPart = kParts == 1 ? kDotBlock : 2;
+  for (int t = 0; t < m; t += kPart) {
+    for (int i = 0; i < kDotBlock; i += kPart) {
+      sum_block<kPart, kPart, true>(w + i * ldw, ldw, x + t * ldx, ldx, n, sums + t * kDotBlock + i, kDotBlock);
+    }
+  }
+}
+
+// y[t * ldy + i] for 4 rows and m <= kDotTokens tokens, a multiple of 4.
+ONEBIT_INLINE void dot_tokens(const Bf16* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int m, int k,
+                              float* y, std::ptrdiff_t ldy) {
+  Lanes sums[kDotTokens * kDotBlock];
+  for (int i = 0; i < m * kDotBlock; ++i) sums[i] = splat(0.0f);
+  if (m < kWidenFrom) {
+    add_block(w, ldw, x, ldx, m, k, sums);
+  } else {
+    alignas(64) float rows[kDotBlock * kDotInputs];
+    for (int begin = 0; begin < k; begin += kDotInputs) {
+      const int n = k - begin < kDotInputs ? k - begin : kDotInputs;
+      for (int i = 0; i < kDotBlock; ++i) {
+        for (int j = 0; j < n; j += kLaneCount) {
+          const int count = n - j < kLaneCount ? n - j : kLaneCount;
+          store_lanes(rows + i * kDotInputs + j, load_lanes(w + i * ldw + begin + j, count));
+        }
+      }
+      add_block(rows, kDotInputs, x + begin, ldx, m, n, sums);
+    }
+  }
+  float values[kLaneCount];
+  for (int t = 0; t < m; t += kDotBlock) {
+    store_lanes(values, totals(sums + t * kDotBlock));
+    for (int j = 0; j < kDotBlock; ++j) {
+      __builtin_memcpy(y + (t + j) * ldy, values + j * kDotBlock, kDotBlock * sizeof *y);
+    }
+  }
+}
+
+void dot_bf16(const std::uint16_t* rows, std::ptrdiff_t ldw, int n, const float* x, std::ptrdiff_t ldx, int m, int k,
+              float* y, std::ptrdiff_t ldy) noexcept {
+  const Bf16* w = reinterpret_cast<const Bf16*>(rows);
+  while (m >= kDotBlock) {
+    const int group = m < kDotTokens ? m / kDotBlock * kDotBlock : kDotTokens;
+    int i = 0;
+    for (; i + kDotBlock <= n; i += kDotBlock) dot_tokens(w + i * ldw, ldw, x, ldx, group, k, y + i, ldy);
+    for (int t = 0; i < n && t < group; ++t) dot_token(w + i * ldw, ldw, x + t * ldx, n - i, k, y + t * ldy + i);
+    m -= group;
+    x += group * ldx;
+    y += group * ldy;
+  }
+  for (; m > 0; --m, x += ldx, y += ldy) dot_token(w, ldw, x, n, k, y);
+}
