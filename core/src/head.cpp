@@ -102,7 +102,7 @@ void Head::forward(ThreadPool& pool, int n_rows, const std::int32_t* top_k, floa
   const bool needs_all =
       !shortlist_.data || !top_k || *std::min_element(top_k, top_k + n_rows) == 0 || k > n / kMaxShare;
   if (needs_all && weights_.bf16) {
-    pool.run(n_blocks(n), [&](int, int begin, int end) {
+    pool.run_dynamic(n_blocks(n), [&](int, int begin, int end) {
       for (std::size_t v = static_cast<std::size_t>(begin) * kBlock; begin < end; ++begin, v += kBlock) {
         const int count = std::min(kBlock, n - static_cast<int>(v));
         kernels_.dot_bf16(weights_.bf16 + v * pad_inputs(d), pad_inputs(d), count, h_RD_.get(), d, n_rows, d,

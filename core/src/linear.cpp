@@ -29,6 +29,8 @@ int pass_rows(const QuantizedRows& x) {
 
 // Rows of a dense matrix that stay in cache while activations pass over them.
 constexpr int kDenseRows = 32;
+// Fewer rows: each thread finds the weights of its last step near its core.
+constexpr int kDynamicRows = 64;
 
 int n_tiles(const PackedMatrix& matrix) {
   const int rows = matrix.bf16 ? kDenseRows : tile_rows(matrix.encoding);
@@ -269,7 +271,7 @@ void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutp
   x.acc.reserve(static_cast<std::size_t>(pool.size()) * QuantizedRows::kSumTiles * pass_rows(x) * kMaxTileRows);
   int total = 0;
   for (const LinearOutput& output : outputs) total += n_tiles(*output.matrix);
-  pool.run(total, [&](int share, int begin, int end) {
+  const auto compute = [&](int share, int begin, int end) {
     int first = 0;
     for (const LinearOutput& output : outputs) {
       const int n = n_tiles(*output.matrix);
@@ -278,7 +280,12 @@ void linear(const Kernels& kernels, ThreadPool& pool, std::span<const LinearOutp
       }
       first += n;
     }
-  });
+  };
+  if (x.n_rows < kDynamicRows) {
+    pool.run(total, compute);
+  } else {
+    pool.run_dynamic(total, compute);
+  }
 }
 
 void linear_tile(const Kernels& kernels, const PackedMatrix& matrix, int tile, const QuantizedRows& x, int row,

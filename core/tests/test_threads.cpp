@@ -1,4 +1,5 @@
-// Exact: every item runs once, in the share that the static split names, however many threads and callers there are.
+// Exact: every item runs once, in the share that the static split names, however many threads and callers there are;
+// where threads take what is left, a share runs on one of them at a time.
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -28,12 +29,28 @@ void check_regions(onebit::ThreadPool& pool, int n_regions) {
   }
 }
 
+void check_dynamic_regions(onebit::ThreadPool& pool, int n_regions) {
+  for (int region = 0; region < n_regions; ++region) {
+    const int n_items = region * 7 % 301;
+    std::vector<std::atomic<int>> runs(n_items);
+    std::vector<std::atomic<int>> in_share(pool.size());
+    pool.run_dynamic(n_items, [&](int share, int begin, int end) {
+      CHECK(share >= 0 && share < pool.size() && begin < end && end <= n_items);
+      CHECK(++in_share[share] == 1);
+      for (int i = begin; i < end; ++i) ++runs[i];
+      --in_share[share];
+    });
+    for (int i = 0; i < n_items; ++i) CHECK(runs[i] == 1);
+  }
+}
+
 void test_every_item_runs_once() {
   for (const int n_threads : {1, 2, 3, 7}) {
     onebit::ThreadPool pool(n_threads);
     CHECK(pool.size() == n_threads);
     pool.begin();
     check_regions(pool, 300);
+    check_dynamic_regions(pool, 300);
   }
 }
 

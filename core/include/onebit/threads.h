@@ -1,9 +1,11 @@
-// A pool of threads for regions of a microsecond: fork, static split, join.
+// A pool of threads for regions of a microsecond: fork, split, join.
 //
 // Workers spin for a moment after each region, because the next one usually follows at once, and sleep after that:
 // an idle pool costs nothing. The calling thread works too. One caller at a time.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -39,6 +41,21 @@ class ThreadPool {
     fork_join(
         n_items, [](void* body, int share, int begin, int end) { (*static_cast<Body*>(body))(share, begin, end); },
         const_cast<void*>(static_cast<const void*>(std::addressof(fn))));
+  }
+
+  // The same, but each thread takes a few items at a time until none is left, and fn is called for each few. For regions
+  // of a tenth of a millisecond and more: cores may differ in speed, or have other work to do.
+  template <class Fn>
+  void run_dynamic(int n_items, Fn&& fn) {
+    constexpr int kTurns = 8;  // of each thread, where all are equally fast
+    const int few = std::max(1, n_items / (kTurns * n_threads_));
+    std::atomic<int> next{0};
+    run(std::min(n_threads_, n_items), [&](int share, int first, int last) {
+      if (first == last) return;
+      for (int begin; (begin = next.fetch_add(few, std::memory_order_relaxed)) < n_items;) {
+        fn(share, begin, std::min(begin + few, n_items));
+      }
+    });
   }
 
  private:

@@ -62,50 +62,63 @@ ONEBIT_INLINE void dot_token(const Bf16* w, std::ptrdiff_t ldw, const float* x, 
 
 // 4 rows and 4 tokens have 16 totals, which are made together.
 constexpr int kDotBlock = 4;
-// Widened rows and sums stay in the nearest cache: so many tokens and inputs at a time. Fewer tokens than the last are
+// Widened rows stay in the nearest cache: so many inputs at a time, for so many tokens. Fewer tokens than the last are
 // done before their rows were widened.
 constexpr int kDotTokens = 64;
-constexpr int kDotInputs = 1024;
+constexpr int kDotInputs = 768;
 constexpr int kWidenFrom = 32;
 
-// Adds the products of 4 rows and m tokens, a multiple of 4, over n inputs to sums[t * 4 + i].
-template <typename T>
-ONEBIT_INLINE void add_block(const T* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int m, int n,
-                             Lanes* sums) {
+// Sums of 4 rows with 4 tokens over n inputs, sums[t * 4 + i]; they go on from what is there, or begin at +0.
+template <bool kGoOn, typename T>
+ONEBIT_INLINE void sum_tokens(const T* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int n, Lanes* sums) {
   // As many sums at a time as there are registers for.
   constexpr int kPart = kParts == 1 ? kDotBlock : 2;
-  for (int t = 0; t < m; t += kPart) {
+  for (int t = 0; t < kDotBlock; t += kPart) {
     for (int i = 0; i < kDotBlock; i += kPart) {
-      sum_block<kPart, kPart, true>(w + i * ldw, ldw, x + t * ldx, ldx, n, sums + t * kDotBlock + i, kDotBlock);
+      sum_block<kPart, kPart, kGoOn>(w + i * ldw, ldw, x + t * ldx, ldx, n, sums + t * kDotBlock + i, kDotBlock);
     }
   }
+}
+
+// y[t * ldy + i] for 4 rows and 4 tokens. Overwrites sums.
+ONEBIT_INLINE void store_totals(Lanes* sums, float* y, std::ptrdiff_t ldy) {
+  float values[kLaneCount];
+  store_lanes(values, totals(sums));
+  for (int t = 0; t < kDotBlock; ++t) __builtin_memcpy(y + t * ldy, values + t * kDotBlock, kDotBlock * sizeof *y);
 }
 
 // y[t * ldy + i] for 4 rows and m <= kDotTokens tokens, a multiple of 4.
 ONEBIT_INLINE void dot_tokens(const Bf16* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int m, int k,
                               float* y, std::ptrdiff_t ldy) {
   Lanes sums[kDotTokens * kDotBlock];
-  for (int i = 0; i < m * kDotBlock; ++i) sums[i] = splat(0.0f);
   if (m < kWidenFrom) {
-    add_block(w, ldw, x, ldx, m, k, sums);
-  } else {
-    alignas(64) float rows[kDotBlock * kDotInputs];
-    for (int begin = 0; begin < k; begin += kDotInputs) {
-      const int n = k - begin < kDotInputs ? k - begin : kDotInputs;
-      for (int i = 0; i < kDotBlock; ++i) {
-        for (int j = 0; j < n; j += kLaneCount) {
-          const int count = n - j < kLaneCount ? n - j : kLaneCount;
-          store_lanes(rows + i * kDotInputs + j, load_lanes(w + i * ldw + begin + j, count));
-        }
-      }
-      add_block(rows, kDotInputs, x + begin, ldx, m, n, sums);
+    for (int t = 0; t < m; t += kDotBlock) {
+      sum_tokens<false>(w, ldw, x + t * ldx, ldx, k, sums);
+      store_totals(sums, y + t * ldy, ldy);
     }
+    return;
   }
-  float values[kLaneCount];
-  for (int t = 0; t < m; t += kDotBlock) {
-    store_lanes(values, totals(sums + t * kDotBlock));
-    for (int j = 0; j < kDotBlock; ++j) {
-      __builtin_memcpy(y + (t + j) * ldy, values + j * kDotBlock, kDotBlock * sizeof *y);
+  alignas(64) float rows[kDotBlock * kDotInputs];
+  for (int begin = 0; begin < k; begin += kDotInputs) {
+    const int n = k - begin < kDotInputs ? k - begin : kDotInputs;
+    for (int i = 0; i < kDotBlock; ++i) {
+      for (int j = 0; j < n; j += kLaneCount) {
+        const int count = n - j < kLaneCount ? n - j : kLaneCount;
+        __builtin_prefetch(w + (i + kDotBlock) * ldw + begin + j);
+        store_lanes(rows + i * kDotInputs + j, load_lanes(w + i * ldw + begin + j, count));
+      }
+    }
+    for (int t = 0; t < m; t += kDotBlock) {
+      const float* input = x + t * ldx + begin;
+      Lanes* sum = sums + t * kDotBlock;
+      // In parts a block that begins at +0 would have no register left: it goes on from zeros in memory.
+      if (kParts == 1 && begin == 0) {
+        sum_tokens<false>(rows, kDotInputs, input, ldx, n, sum);
+      } else {
+        for (int i = 0; begin == 0 && i < kLaneCount; ++i) sum[i] = splat(0.0f);
+        sum_tokens<true>(rows, kDotInputs, input, ldx, n, sum);
+      }
+      if (begin + n == k) store_totals(sum, y + t * ldy, ldy);
     }
   }
 }

@@ -30,7 +30,7 @@ from onebit.eval.texts import exp
 # Few-shot examples are drawn once for each; the first is the harness's own.
 SEEDS = (1234, 1235, 1236)
 # Requests between two times that the answers are kept.
-REQUESTS_AT_ONCE = 64
+REQUESTS_AT_ONCE = 128
 
 Progress = Callable[[str, float], None]
 
