@@ -48,6 +48,9 @@ class Page:
     def all(self, selector):
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
+    def text(self, selector):
+        return self.texts(selector)[0]
+
     def texts(self, selector):
         # In one go: the page may draw anew at any time.
         return self.run(f"[...document.querySelectorAll('{selector}')].map((e) => e.innerText.trim())")
@@ -158,7 +161,7 @@ def test_a_story_is_streamed_and_is_the_one_of_the_engine(page, models, monkeypa
     assert page.is_writing and page.one("#turns .answer").get_attribute("aria-busy") == "true"
     expected = models["stories"].generate("Once upon a time", temperature=0, max_tokens=20)
     assert page.finish() == ["Once upon a time" + expected.text]
-    figures = page.one(".figures").text
+    figures = page.text(".figures")
     assert figures.startswith("20 tokens · ") and "per second" in figures and "first after" in figures
     assert page.one("#status").get_attribute("textContent") == "Answer complete, 20 tokens."
     # The text ended at its limit: it can go on.
@@ -278,7 +281,7 @@ def test_settings_are_remembered_and_sent(page, models):
         for penalty in (1.5, 1.0)
     )
     assert [text.split() for text in page.finish()] == [expected.split()] != [plain.split()]
-    assert page.one(".figures").text.startswith("30 tokens") and "seed 41" in page.one(".figures").text
+    assert page.text(".figures").startswith("30 tokens") and "seed 41" in page.text(".figures")
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(page):
@@ -319,13 +322,13 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     page.say("Once upon a time")
     page.finish()
     page.one("#tab-dashboard").click()
-    page.wait(lambda: "intact" in page.one("[data-card=health]").text)
+    page.wait(lambda: "intact" in page.text("[data-card=health]"))
     rows = page.texts("[data-card=health] tbody th")
     assert rows == ["stories", "talker"]
     assert page.texts(".verdict.bad") == []
     used = server.figure("kv_blocks_used")
     assert page.texts("[data-card=cache] dd")[0] == f"{used:.0f} blocks"
-    assert "ok" in page.one("[data-card=errors]").text
+    assert "ok" in page.text("[data-card=errors]")
     # A later answer shows in the percentiles of the last minute.
     body = {"model": "stories", "prompt": "Once", "max_tokens": 30, "seed": 1}
     assert server.post("/v1/completions", body).status_code == 200
@@ -334,7 +337,7 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     # What layers see comes of steps that are looked at, and of texts that fill a block.
     server.service.served[0].runner.engine.probe_every = 5
     assert server.post("/v1/completions", body | {"max_tokens": 90, "ignore_eos": True}).status_code == 200
-    page.wait(lambda: "bits" in page.one("[data-card=health] tbody tr").text)
+    page.wait(lambda: "bits" in page.text("[data-card=health] tbody tr"))
     cells = page.texts("[data-card=health] tbody tr:first-child td")[4:7]
     assert re.fullmatch(r"0\.[1-9] %\s+layer \d, (qkv|o|gate/up|down)", cells[0])
     assert re.fullmatch(r"\d\d %\s+layer \d, down", cells[1])
@@ -367,20 +370,20 @@ def test_refusals_are_told_kindly(driver, models, page):
         there = Page(driver, locked)
         driver.get(locked.url)
         there.wait(lambda: there.one("#settings").is_displayed())
-        assert "asks for an API key" in there.one("#settings-notice").text
+        assert "asks for an API key" in there.text("#settings-notice")
         there.one("#key").send_keys("secret", Keys.TAB)
         there.wait(lambda: there.models == ["stories", "talker"])
         there.one("#settings header button").click()
         with locked.service.served[0].runner.reserve(1):
             there.say("Once")
             there.wait(lambda: there.all(".answer .notice"))
-            assert "no place is left" in there.one(".answer .notice").text
+            assert "no place is left" in there.text(".answer .notice")
         there.wait(lambda: there.one(".answer .notice button").is_enabled())
         there.one(".answer .notice button").click()
         assert there.finish()[0].startswith("Once")
         there.say("word " * 600)
         there.wait(lambda: there.all(".answer .notice"))
-        assert "longer than the model can read" in there.one(".answer .notice").text
+        assert "longer than the model can read" in there.text(".answer .notice")
     there.say("Once")
     there.wait(lambda: "does not answer" in "".join(there.texts(".answer .notice")))
     # The browser tells of every answer that is an error.
