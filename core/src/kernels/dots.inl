@@ -4,7 +4,7 @@
 //   tokens         a block of 4 rows is            work per 16 inputs of a row and token
 //   1              one token at a time             a load, two steps to widen it, a product and a sum
 //   from 4         4 tokens at a time              a quarter of the loads and of the widening
-//   from 32        widened once for 64 tokens      a product and a sum
+//   from 32        widened once for 64 or more     a product and a sum
 
 // n <= 16 products of each row and each token, added to sum[t][i].
 template <int kRows, int kTokens, typename T>
@@ -67,6 +67,7 @@ constexpr int kDotBlock = 4;
 constexpr int kDotTokens = 64;
 constexpr int kDotInputs = 768;
 constexpr int kWidenFrom = 32;
+constexpr int kMaxDotTokens = kDotTokens + kWidenFrom;  // the last of many, with the few that would be left
 
 // Sums of 4 rows with 4 tokens over n inputs, sums[t * 4 + i]; they go on from what is there, or begin at +0.
 template <bool kGoOn, typename T>
@@ -87,10 +88,10 @@ ONEBIT_INLINE void store_totals(Lanes* sums, float* y, std::ptrdiff_t ldy) {
   for (int t = 0; t < kDotBlock; ++t) __builtin_memcpy(y + t * ldy, values + t * kDotBlock, kDotBlock * sizeof *y);
 }
 
-// y[t * ldy + i] for 4 rows and m <= kDotTokens tokens, a multiple of 4.
+// y[t * ldy + i] for 4 rows and m < kMaxDotTokens tokens, a multiple of 4.
 ONEBIT_INLINE void dot_tokens(const Bf16* w, std::ptrdiff_t ldw, const float* x, std::ptrdiff_t ldx, int m, int k,
                               float* y, std::ptrdiff_t ldy) {
-  Lanes sums[kDotTokens * kDotBlock];
+  Lanes sums[kMaxDotTokens * kDotBlock];
   if (m < kWidenFrom) {
     for (int t = 0; t < m; t += kDotBlock) {
       sum_tokens<false>(w, ldw, x + t * ldx, ldx, k, sums);
@@ -127,7 +128,7 @@ void dot_bf16(const std::uint16_t* rows, std::ptrdiff_t ldw, int n, const float*
               float* y, std::ptrdiff_t ldy) noexcept {
   const Bf16* w = reinterpret_cast<const Bf16*>(rows);
   while (m >= kDotBlock) {
-    const int group = m < kDotTokens ? m / kDotBlock * kDotBlock : kDotTokens;
+    const int group = m < kMaxDotTokens ? m / kDotBlock * kDotBlock : kDotTokens;
     int i = 0;
     for (; i + kDotBlock <= n; i += kDotBlock) dot_tokens(w + i * ldw, ldw, x, ldx, group, k, y + i, ldy);
     for (int t = 0; i < n && t < group; ++t) dot_token(w + i * ldw, ldw, x + t * ldx, n - i, k, y + t * ldy + i);
