@@ -200,13 +200,17 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
     assert merged.returncode == 0 and "answer tokens, nats" in merged.stderr
     for words, problem in (
         (("tune", model, "--out", out), "--data is missing"),
-        (("tune", "--data", chats, "--out", out), "MODEL is missing"),
+        (("tune", "--data", tmp_path / "none.jsonl", "--out", "x"), "none.jsonl"),
         (("tune", model, "--data", chats, "--out", out), "already holds a run"),
         (("tune", "--out", tmp_path / "none", "--resume"), "no run to resume"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.rank=3"), "no 'rank'"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.r=0"), "lora.r is 0"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.targets=q,x"), "targets are"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "options.noise=1"), "--set options"),
+        (
+            ("tune", model, "--data", chats, "--out", "x", "--full", "--set", "lora.r=8"),
+            "leave one of them out",
+        ),
         (
             ("tune", model, "--data", chats, "--out", "x", "--set", "options.optimizer=muon"),
             "choose adamw or signum",

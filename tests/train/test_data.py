@@ -92,6 +92,9 @@ def test_links_and_devices_in_an_archive_are_passed_over(tmp_path):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         list(data.read_documents(tmp_path / "nowhere", ("*",)))
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(NotADirectoryError, match="is a file; --data expects the folder that it lies in"):
+        list(data.read_documents(tmp_path / "a.txt", ("*",)))
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="no text found"):
         data.prepare(tmp_path / "data", tmp_path / "out", ("*",), 300, 0.1, 8)

@@ -273,12 +273,14 @@ def test_what_is_refused(dense, texts, tmp_path):
         distill.given_tokenizer(replace(checkpoint, config=replace(checkpoint.config, eos_tokens=())))
     with pytest.raises(ValueError, match="all 0; nothing would be learned"):
         distill.build_distill("x", checkpoint, ["distill.logits=0"])
+    with pytest.raises(ValueError, match="data.vocab_size: the tokenizer is that of the teacher"):
+        distill.build_distill("x", checkpoint, ["data.vocab_size=999"])
     with pytest.raises(ValueError, match=r"distill.temperature is 0.0; expected a number above 0"):
         distill.build_distill("x", checkpoint, ["distill.temperature=0"])
     # Another teacher, of another vocabulary, for the same run and for the same corpus.
     config = tiny.config(weights="dense", activations="none", sub_norm=False)
     other = tiny.master(config)
-    with pytest.raises(ValueError, match="not the teacher of this run"):
+    with pytest.raises(ValueError, match="not the teacher of this run, which was "):
         distill.distill(built, other, texts, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     corpus_of(dense, texts, tmp_path / "corpus")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_training_lowers_the_loss_and_the_folder_says_where_it_came_from(texts, 
     assert checkpoint.provenance["tokens"] == 60 * 4 * 32
     assert len(checkpoint.provenance["corpus_sha256"]) == 64
     assert checkpoint.config.eos_tokens == (checkpoint.config.bos_token,)
+
+
+def test_a_run_says_what_it_will_do(texts, tmp_path, capsys):
+    recipe = build("tiny", [*SMALL, "steps=4", "optim.warmup_steps=3"])
+    train(recipe, texts, tmp_path / "run")
+    n_weights = sum(tensor.size for tensor in run_folder.read(tmp_path / "run").tensors.values())
+    said = capsys.readouterr().err
+    assert f"{n_weights:,} weights to train, 4 steps of 128 tokens" in said
+    # The highest of lr (1 - step / 4) (step + 1) / 3: the rate falls while it rises.
+    assert re.search(r"rises for 3 of 4 steps, and gets to 0\.\d+ of 0\.\d+; .*warmup_steps=0", said)
+    train(recipe, texts, tmp_path / "run", resume=True)
+    assert "Nothing is left to do: all 4 steps of this run are done." in capsys.readouterr().err
+    train(build("tiny", [*SMALL, "steps=4", "optim.warmup_steps=1"]), texts, tmp_path / "other")
+    assert "rises for" not in capsys.readouterr().err
 
 
 def test_layers_of_two_schemes_learn_and_run(texts, tmp_path):

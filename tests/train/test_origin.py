@@ -94,6 +94,7 @@ def test_another_model_in_its_place_is_refused(texts, packed, tmp_path):
         ),
         ({"weights": "b1"}, [], "has b1 weights, and the recipe tiny b1.58 ones; choose a recipe for b1"),
         ({}, ["init=other"], "named by --init"),
+        ({}, ["data.vocab_size=999"], "the tokenizer is that of the model to begin with"),
         ({}, ["options.learned_scale=true", "model.scale=row"], "scales are what they are"),
         ({"eos_tokens": ()}, [], "names no token that ends a text"),
     ],

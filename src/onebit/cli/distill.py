@@ -12,7 +12,8 @@ def distill(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="GGUF file, Hugging Face folder or name, .onebit file or run folder.", show_default=False
+            help="GGUF file, Hugging Face folder or name, .onebit file, run folder, or llama2.c .bin.",
+            show_default=False,
         ),
     ] = None,
     data: Texts = None,
@@ -41,8 +42,9 @@ def distill(
     if out is None:
         raise ValueError("--out is missing; it names the run folder")
     if not resume and (teacher is None or data is None and corpus is None):
+        missing = "--teacher" if teacher is None else "--data"
         raise ValueError(
-            "--teacher or --data is missing; as in: onebit distill --teacher model.gguf --data texts --out runs/student"
+            f"{missing} is missing; as in: onebit distill --teacher model.gguf --data texts --out runs/student"
         )
     from onebit import formats
     from onebit.train import recipe as recipes

@@ -12,7 +12,8 @@ def tune(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="What to tune: a .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there.",
+            help="What to tune: a .onebit or GGUF file, a run folder, a Hugging Face folder or owner/name there; "
+            "the shipped model by default.",
             show_default=False,
         ),
     ] = None,
@@ -33,25 +34,27 @@ def tune(
 ) -> None:
     """Teach a model to answer, from conversations.
 
-    Example: onebit tune stories.onebit --data chat.jsonl --out runs/chat --set lora.r=8
+    Example: onebit tune model.onebit --data chat.jsonl --out runs/chat --set lora.r=8
 
-    The result runs beside the model: onebit run -m stories.onebit --adapter runs/chat
+    The result runs beside the model: onebit run -m model.onebit --adapter runs/chat
     """
     if out is None:
         raise ValueError("--out is missing; it names the folder to write")
     if resume and (model or data or full):
         raise ValueError("--resume goes on with the model and the file of the run; leave them out")
-    example = "onebit tune stories.onebit --data chat.jsonl --out runs/chat"
-    if not resume and (model is None or data is None):
-        raise ValueError(f"{'MODEL' if model is None else '--data'} is missing; as in: {example}")
+    if not resume and data is None:
+        raise ValueError(
+            "--data is missing; as in: onebit tune model.onebit --data chat.jsonl --out runs/chat"
+        )
 
+    from onebit.llm import SHIPPED_MODEL
     from onebit.train import tune as tuning
     from onebit.train.recipe import override
 
     if resume:
         recipe = override(tuning.read(out / "recipe.json"), overrides or [])
     else:
-        assert model is not None and data is not None
-        recipe = tuning.plan(model, data, overrides, full)
+        assert data is not None
+        recipe = tuning.plan(model or str(SHIPPED_MODEL), data, overrides, full)
     with resumable("tune", out):
         tuning.tune(recipe, out, resume)

@@ -104,10 +104,12 @@ def check_folder(folder: Path | None) -> Path:
 
     Raises:
         ValueError: None.
-        FileNotFoundError: the folder does not exist.
+        OSError: the folder does not exist, or is a file.
     """
     if folder is None:
         raise ValueError("no corpus is made yet; name a folder of .txt, .md or .jsonl files with --data")
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder}: is a file; --data expects the folder that it lies in")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder; --data expects one with .txt, .md or .jsonl files"

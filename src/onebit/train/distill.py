@@ -20,7 +20,7 @@ from onebit.train import losses, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.origin import fingerprint, given_tokenizer
-from onebit.train.recipe import ROUNDING, Data, Distill, Recipe, check_shape, override
+from onebit.train.recipe import ROUNDING, Data, Distill, Recipe, check_shape, check_vocabulary, override
 from onebit.train.student import check_teacher, make_student, student_config
 from onebit.train.task import Batch, Task, bits_per_byte
 from onebit.train.teacher import ABOUT, Teacher, TopK, keep_top_k
@@ -60,8 +60,8 @@ def distill(recipe: Recipe, teacher: Checkpoint, data: Path | None, out: Path, r
     asked = Teacher(teacher, recipe.precision, device)
     if asked.sha256 != d.teacher_sha256:
         raise ValueError(
-            f"{d.teacher}: not the teacher of this run ({asked.sha256[:16]}, expected {d.teacher_sha256[:16]}); "
-            f"name it with --teacher, or start another run"
+            f"not the teacher of this run, which was {d.teacher} (weights {d.teacher_sha256[:16]}; found "
+            f"{asked.sha256[:16]}); name that one with --teacher, or start another run"
         )
     resumed = state.open_run(recipe, folder if is_made else data, out, resume)
     corpus = ranks.in_turn(
@@ -98,11 +98,13 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
             than the teacher's.
     """
     check_teacher(teacher)
+    # A vocabulary below 257 is no limit here, but that of recipes that train a tokenizer.
+    data = Data(vocab_size=max(teacher.config.vocab_size, 257), seq_len=min(512, teacher.config.max_seq_len))
     recipe = override(
         Recipe(
             name="distill",
             model=student_config(teacher.config, calibrated=False),
-            data=Data(seq_len=min(512, teacher.config.max_seq_len)),
+            data=data,
             optim=Schedule(lr=2e-3, lr_second=1e-3, warmup_steps=50),
             distill=Distill(teacher=source, teacher_sha256=fingerprint(teacher)),
         ),
@@ -113,6 +115,7 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
     rounding = {name: getattr(chosen, name) for name in ROUNDING}
     config = student_config(teacher.config, recipe.distill.sub_norm == "calibrated", **rounding)
     check_shape(chosen, config, "the student has that of its teacher", ("sub_norm",), "and distill.sub_norm")
+    check_vocabulary(recipe.data, data, "that of the teacher")
     if config.weights == "dense" or recipe.options.learned_scale:
         raise ValueError(
             "a student has rounded weights, and no learned scales; change model.weights or options.learned_scale"

@@ -124,6 +124,7 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     losses = ranks.fused(task.losses, model.layers) if recipe.compile else task.losses
 
     console = Console(stderr=True, quiet=not ranks.is_first())
+    console.print(_ahead(recipe, model, task, first), highlight=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
@@ -210,6 +211,25 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
     command = task.command or f"onebit run -m {out}"
     what = "adapter" if task.command else "model"
     console.print(f"The {what} is in {out}: {command}", highlight=False, soft_wrap=True)
+
+
+def _ahead(recipe: Recipe, model: Transformer, task: Task, first: int) -> str:
+    """What a run is about to do."""
+    left = recipe.steps - first
+    if not left:
+        return f"Nothing is left to do: all {first} steps of this run are done."
+    n_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = f"{n_weights:,} weights to train, {left:,} steps of {task.tokens_per_step:,} tokens"
+    if recipe.compile:
+        what += "; the first takes a minute longer, to compile"
+    steps, warmup = recipe.steps, recipe.optim.warmup_steps
+    if 2 * warmup > steps:
+        highest = max(recipe.optim.at(step, steps)[0] for step in range(steps))
+        what += (
+            f".\nThe learning rate rises for {warmup} of {steps} steps, and gets to {highest:.2g} of "
+            f"{recipe.optim.lr:g}; a short run wants less, as --set optim.warmup_steps={steps // 10}"
+        )
+    return f"{what}."
 
 
 def _diverged(step: int, loss: float, norm: float, watch: health.Watch, saved: int, out: Path) -> str:

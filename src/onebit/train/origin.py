@@ -20,7 +20,7 @@ from onebit.nn.transformer import Transformer
 from onebit.packing import Float32, Int8
 from onebit.quant import Granularity, dequantize, weight_groups
 from onebit.train.data import Given
-from onebit.train.recipe import Recipe, check_shape, override
+from onebit.train.recipe import Recipe, check_shape, check_vocabulary, override
 
 
 def begin_with(recipe: Recipe, source: str, model: Checkpoint, overrides: list[str] | None = None) -> Recipe:
@@ -56,6 +56,7 @@ def begin_with(recipe: Recipe, source: str, model: Checkpoint, overrides: list[s
         replace(recipe, model=config, data=data, init=source, init_sha256=sha256), overrides or []
     )
     check_shape(changed.model, config, "a run has that of the model it begins with")
+    check_vocabulary(changed.data, data, "that of the model to begin with")
     if (changed.init, changed.init_sha256) != (source, sha256):
         raise ValueError("--set init: the model to begin with is named by --init")
     if changed.options.learned_scale:
@@ -71,7 +72,10 @@ def given_tokenizer(model: Checkpoint) -> Given:
     """
     config, data = model.config, model.tokenizer
     if data is None:
-        raise ValueError("the model has no tokenizer; texts cannot be given to it")
+        raise ValueError(
+            "the model has no tokenizer, so texts cannot be given to it; expected one in its file or folder, or "
+            "(llama2.c) tokenizer.bin or tok512.bin beside it"
+        )
     n_tokens = Tokenizer(data).vocab_size
     if n_tokens > config.vocab_size:
         raise ValueError(

@@ -249,7 +249,8 @@ class Recipe:
             )
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"recipe: data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"
+                f"recipe: data.seq_len {self.data.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}, the "
+                f"longest text that the model reads"
             )
 
     def _check_options(self) -> None:
@@ -291,7 +292,9 @@ def override(recipe: _R, overrides: list[str]) -> _R:
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text}: expected a.b=c")
+            raise ValueError(
+                f"--set {text}: expected NAME=VALUE, as in --set steps=200 or --set optim.lr=1e-3"
+            )
         _note(changes, recipe, path.split("."), value, path)
     changed: _R = _changed(recipe, changes)
     return changed
@@ -350,6 +353,16 @@ def check_shape(
             )
 
 
+def check_vocabulary(chosen: Data, given: Data, whose: str) -> None:
+    """Check that nobody asked for a vocabulary of another size where the tokenizer is given.
+
+    Raises:
+        ValueError: somebody did.
+    """
+    if chosen.vocab_size != given.vocab_size:
+        raise ValueError(f"--set data.vocab_size: the tokenizer is {whose}; leave it out")
+
+
 def differences(before: Recipe, now: Recipe) -> list[str]:
     """The fields, with both values, in which a recipe differs so that its losses would not be those of the run."""
     then, today = _flat(before.to_dict()), _flat(now.to_dict())
@@ -372,7 +385,10 @@ def _note(changes: dict[str, Any], node: Any, path: list[str], text: str, whole:
     """Put an override into the tree of changes to a dataclass."""
     names = {f.name: f for f in fields(node)}
     if path[0] not in names:
-        raise ValueError(f"--set {whole}: {type(node).__name__} has no {path[0]!r}{near(path[0], names)}")
+        where = whole.removesuffix("." + ".".join(path)) if whole != ".".join(path) else "a recipe"
+        raise ValueError(
+            f"--set {whole}: {where} has no {path[0]!r}{near(path[0], names)}; there are {', '.join(names)}"
+        )
     value = getattr(node, path[0])
     if is_dataclass(value):
         if len(path) == 1:

@@ -32,7 +32,7 @@ from onebit.train import chat, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.origin import first_model
-from onebit.train.recipe import Data, Options, Recipe, override
+from onebit.train.recipe import Data, Options, Recipe, check_vocabulary, override
 from onebit.train.task import Batch, Task
 
 # Times that the conversations are read unless steps are given.
@@ -108,6 +108,9 @@ def plan(base: str, chats: Path, overrides: list[str] | None = None, full: bool 
     changed = override(recipe, overrides or [])
     if changed.model != config or changed.base != base or changed.chats != str(chats):
         raise ValueError("--set model, base, chats: they are those of the model and the file; leave them out")
+    check_vocabulary(changed.data, data, "the model's")
+    if full and changed.lora != Lora():
+        raise ValueError("--set lora with --full, which makes no adapter; leave one of them out")
     if not full and changed.options != Options(optimizer=changed.options.optimizer):
         raise ValueError(
             "--set options: they are about learning the weights behind codes, which an adapter leaves alone"
