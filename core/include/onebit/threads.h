@@ -50,8 +50,7 @@ class ThreadPool {
     constexpr int kTurns = 8;  // of each thread, where all are equally fast
     const int few = std::max(1, n_items / (kTurns * n_threads_));
     std::atomic<int> next{0};
-    run(std::min(n_threads_, n_items), [&](int share, int first, int last) {
-      if (first == last) return;
+    run(std::min(n_threads_, n_items), [&](int share, int, int) {
       for (int begin; (begin = next.fetch_add(few, std::memory_order_relaxed)) < n_items;) {
         fn(share, begin, std::min(begin + few, n_items));
       }

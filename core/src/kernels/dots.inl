@@ -105,7 +105,6 @@ ONEBIT_INLINE void dot_tokens(const Bf16* w, std::ptrdiff_t ldw, const float* x,
     for (int i = 0; i < kDotBlock; ++i) {
       for (int j = 0; j < n; j += kLaneCount) {
         const int count = n - j < kLaneCount ? n - j : kLaneCount;
-        __builtin_prefetch(w + (i + kDotBlock) * ldw + begin + j);
         store_lanes(rows + i * kDotInputs + j, load_lanes(w + i * ldw + begin + j, count));
       }
     }

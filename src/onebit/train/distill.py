@@ -20,7 +20,16 @@ from onebit.train import losses, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.origin import fingerprint, given_tokenizer
-from onebit.train.recipe import ROUNDING, Data, Distill, Recipe, check_shape, check_vocabulary, override
+from onebit.train.recipe import (
+    ROUNDING,
+    Data,
+    Distill,
+    Recipe,
+    check_shape,
+    check_vocabulary,
+    given_vocabulary,
+    override,
+)
 from onebit.train.student import check_teacher, make_student, student_config
 from onebit.train.task import Batch, Task, bits_per_byte
 from onebit.train.teacher import ABOUT, Teacher, TopK, keep_top_k
@@ -98,8 +107,8 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
             than the teacher's.
     """
     check_teacher(teacher)
-    # A vocabulary below 257 is no limit here, but that of recipes that train a tokenizer.
-    data = Data(vocab_size=max(teacher.config.vocab_size, 257), seq_len=min(512, teacher.config.max_seq_len))
+    n_tokens, context = teacher.config.vocab_size, teacher.config.max_seq_len
+    data = Data(vocab_size=given_vocabulary(n_tokens), seq_len=min(512, context))
     recipe = override(
         Recipe(
             name="distill",

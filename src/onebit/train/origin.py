@@ -20,7 +20,7 @@ from onebit.nn.transformer import Transformer
 from onebit.packing import Float32, Int8
 from onebit.quant import Granularity, dequantize, weight_groups
 from onebit.train.data import Given
-from onebit.train.recipe import Recipe, check_shape, check_vocabulary, override
+from onebit.train.recipe import Recipe, check_shape, check_vocabulary, given_vocabulary, override
 
 
 def begin_with(recipe: Recipe, source: str, model: Checkpoint, overrides: list[str] | None = None) -> Recipe:
@@ -47,8 +47,7 @@ def begin_with(recipe: Recipe, source: str, model: Checkpoint, overrides: list[s
         )
     data = replace(
         recipe.data,
-        # A vocabulary below 257 is no limit here, but that of recipes that train a tokenizer.
-        vocab_size=max(config.vocab_size, 257),
+        vocab_size=given_vocabulary(config.vocab_size),
         seq_len=min(recipe.data.seq_len, config.max_seq_len),
     )
     sha256 = fingerprint(model)

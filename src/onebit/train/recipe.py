@@ -353,6 +353,11 @@ def check_shape(
             )
 
 
+def given_vocabulary(n_tokens: int) -> int:
+    """The `data.vocab_size` for a given tokenizer: its size, or the least that a recipe may say."""
+    return max(n_tokens, 257)
+
+
 def check_vocabulary(chosen: Data, given: Data, whose: str) -> None:
     """Check that nobody asked for a vocabulary of another size where the tokenizer is given.
 
@@ -385,7 +390,7 @@ def _note(changes: dict[str, Any], node: Any, path: list[str], text: str, whole:
     """Put an override into the tree of changes to a dataclass."""
     names = {f.name: f for f in fields(node)}
     if path[0] not in names:
-        where = whole.removesuffix("." + ".".join(path)) if whole != ".".join(path) else "a recipe"
+        where = whole.removesuffix(".".join(path)).rstrip(".") or "a recipe"
         raise ValueError(
             f"--set {whole}: {where} has no {path[0]!r}{near(path[0], names)}; there are {', '.join(names)}"
         )

@@ -32,7 +32,7 @@ from onebit.train import chat, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.origin import first_model
-from onebit.train.recipe import Data, Options, Recipe, check_vocabulary, override
+from onebit.train.recipe import Data, Options, Recipe, check_vocabulary, given_vocabulary, override
 from onebit.train.task import Batch, Task
 
 # Times that the conversations are read unless steps are given.
@@ -97,8 +97,8 @@ def plan(base: str, chats: Path, overrides: list[str] | None = None, full: bool 
         OSError: a file that cannot be opened.
     """
     config = _base(base)[0].config
-    # A vocabulary below 257 is no limit here, but that of recipes that train a tokenizer.
-    data = Data(include=(), vocab_size=max(config.vocab_size, 257), held_out=0.1, seq_len=config.max_seq_len)
+    n_tokens = given_vocabulary(config.vocab_size)
+    data = Data(include=(), vocab_size=n_tokens, held_out=0.1, seq_len=config.max_seq_len)
     lr = 1e-4 if full else 1e-3
     optim = Schedule(lr=lr, lr_second=lr, weight_decay=0.0, switch=1.0, warmup_steps=0, beta2=0.999)
     recipe = TuneRecipe(
