@@ -132,6 +132,22 @@ def test_full_tuning(is_packed, model, chats, tmp_path):
     assert tuned.tokenizer == master.tokenizer
 
 
+def test_an_adapter_knows_its_model_in_every_format(chats, tmp_path):
+    """One tuned beside a master runs beside its packed file and its folder for transformers, and beside no other model of that shape."""
+    config = tiny.config(d_model=64)
+    master = tiny.master(config, seed=3, chat_template=tiny.CHAT_TEMPLATE)
+    run_folder.write(master, tmp_path / "run")
+    tune.tune(tune.plan(str(tmp_path / "run"), chats, [*SETTINGS, "steps=2"]), tmp_path / "mine")
+    for name in ("same.onebit", "same"):
+        formats.write(master, tmp_path / name)
+        assert onebit.load(tmp_path / name, adapters={"mine": tmp_path / "mine"}).adapters == ("mine",)
+    formats.write(tiny.master(config, seed=4), tmp_path / "other.onebit")
+    with pytest.raises(ValueError, match="tuned beside another model of this shape"):
+        onebit.load(tmp_path / "other.onebit", adapters={"mine": tmp_path / "mine"})
+    with pytest.raises(ValueError, match="tuned beside another model of this shape"):
+        merge(tmp_path / "other.onebit", tmp_path / "mine", tmp_path / "merged.onebit")
+
+
 def test_the_master_keeps_its_precision_when_merged(chats, model, tmp_path):
     """W + BA is rounded once, as training would round it."""
     master = tiny.master(seed=3)

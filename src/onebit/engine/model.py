@@ -19,7 +19,7 @@ import numpy.typing as npt
 from onebit import _core
 from onebit.checkpoint import Checkpoint, Stored, Tensor
 from onebit.config import ModelConfig
-from onebit.formats.adapter import Adapter
+from onebit.formats.adapter import Adapter, check_base
 from onebit.packing import PackedTensor, UInt16, bf16_planes, bf16_rows
 
 Int32 = npt.NDArray[np.int32]
@@ -75,7 +75,7 @@ class Model:
         isa, threads = choose_isa(isa), choose_threads(threads)
         # Adapters that a sequence can ask for.
         self.n_adapters = len(adapters)
-        added = [(adapter.scale, _to_planes(adapter, self.config)) for adapter in adapters]
+        added = [(adapter.scale, _to_planes(adapter, checkpoint)) for adapter in adapters]
         # What is computed with of them, by names of no file: the memory of A and B.
         self.adapter_arrays: dict[str, UInt16] = {
             f"adapter {i}, {name}.{part}": planes
@@ -335,8 +335,8 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _to_planes(adapter: Adapter, config: ModelConfig) -> dict[str, tuple[UInt16, UInt16]]:
-    adapter.check(config)
+def _to_planes(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, tuple[UInt16, UInt16]]:
+    check_base(adapter, checkpoint)
     return {name: (bf16_planes(a), bf16_planes(b)) for name, (a, b) in adapter.tensors.items()}
 
 

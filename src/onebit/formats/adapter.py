@@ -3,10 +3,12 @@
     adapter = read("my-style", checkpoint.config)
     adapter.tensors["layers.0.q.weight"]        # A [r, in] and B [out, r], float32
     write(adapter, "my-style", base="stories.onebit")
+    check_base(adapter, checkpoint)             # raises if the adapter was tuned beside other codes
 
 A layer with an adapter gives y + (B (A x)) * scale. Trusts nothing in a file. Knows no arithmetic.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from onebit.checkpoint import Checkpoint, codes
 from onebit.config import ModelConfig
 from onebit.formats import tensors as container
 from onebit.formats.files import write_file
@@ -33,6 +36,8 @@ MAX_RANK = 1 << 14
 
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
+# In the metadata of the tensors, which PEFT leaves alone: `fingerprint` of the model that the adapter was tuned beside.
+_BASE_CODES = "base_codes"
 # Fields that describe the training or the tooling, not the function: any value will do.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_type",
@@ -65,6 +70,7 @@ class Adapter:
         alpha: numerator of the scale.
         tensors: A and B by the canonical name of the layer, "layers.N.q.weight".
         rank_stabilized: divide by the root of the rank.
+        base_codes: `fingerprint` of the model that it was tuned beside; None where nothing is known of it.
 
     Raises:
         ValueError: an impossible rank or alpha, no layer at all, misshapen matrices, or values that are not finite.
@@ -76,6 +82,7 @@ class Adapter:
     alpha: float
     tensors: dict[str, LowRank]
     rank_stabilized: bool = False
+    base_codes: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
@@ -127,6 +134,37 @@ class Adapter:
                 )
 
 
+def fingerprint(checkpoint: Checkpoint) -> str | None:
+    """What tells a model of weight codes from others of its shape, whatever format it is kept in.
+
+    SHA-256 of the int8 codes [n, k] of the last block's o, in hexadecimal digits. None for a dense model, whose numbers
+    are rounded to those of a format, and which people give adapters that were tuned beside a copy of fewer bits.
+
+    Raises:
+        ValueError: a code or scale that the scheme does not have, or a damaged file.
+    """
+    config = checkpoint.config
+    if config.weights == "dense":
+        return None
+    name = f"layers.{config.n_layers - 1}.o.weight"
+    found, _ = codes(name, checkpoint.tensors[name], config)
+    return hashlib.sha256(found.tobytes()).hexdigest()
+
+
+def check_base(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Check that an adapter was tuned beside this model, as far as it says.
+
+    Raises:
+        ValueError: the layers have other shapes, or the codes are not those of the model that it was tuned beside.
+    """
+    adapter.check(checkpoint.config)
+    if adapter.base_codes and fingerprint(checkpoint) not in (None, adapter.base_codes):
+        raise ValueError(
+            "adapter: it was tuned beside another model of this shape, whose codes differ, and would change this one "
+            f"into nonsense; run it with the model that {CONFIG} names, or tune one for this model"
+        )
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / CONFIG).is_file()
@@ -161,9 +199,10 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
         )
         raise FileNotFoundError(f"{folder}: holds no {MODEL}{pickle}; save it with safetensors")
     with named(folder / MODEL):
-        tensors = _read_tensors(folder / MODEL, config)
+        tensors, base_codes = _read_tensors(folder / MODEL, config)
     with named(folder):
-        adapter = Adapter(fields.get("r"), fields.get("lora_alpha"), tensors, bool(fields.get("use_rslora")))  # type: ignore[arg-type]
+        is_rslora = bool(fields.get("use_rslora"))
+        adapter = Adapter(fields.get("r"), fields.get("lora_alpha"), tensors, is_rslora, base_codes)  # type: ignore[arg-type]
         adapter.check(config)
     return adapter
 
@@ -189,7 +228,8 @@ def write(adapter: Adapter, folder: str | os.PathLike[str], base: str | None = N
     dtype = "BF16" if is_short else "F32"
     specs = {name: (dtype, w.shape) for name, w in arrays.items()}
     chunks = (container.raw(encode(w, dtype)) for w in arrays.values())
-    container.stream(folder / MODEL, {"format": "pt"}, specs, chunks)
+    known = {_BASE_CODES: adapter.base_codes} if adapter.base_codes else {}
+    container.stream(folder / MODEL, {"format": "pt"} | known, specs, chunks)
     hf_names = {to_hf(name).split(".")[-2] for name in adapter.tensors}
     fields: Json = {
         "peft_type": "LORA",
@@ -227,7 +267,8 @@ def _check_kind(fields: Json) -> None:
             )
 
 
-def _read_tensors(path: Path, config: ModelConfig) -> dict[str, LowRank]:
+def _read_tensors(path: Path, config: ModelConfig) -> tuple[dict[str, LowRank], str | None]:
+    """A and B by layer, and what the file says of the model it was tuned beside."""
     header, data = container.split_header(container.map_file(path), "safetensors file")
     found: dict[str, dict[str, Float32]] = {}
     for span in container.spans(header, data.size, FLOATS).values():
@@ -246,9 +287,10 @@ def _read_tensors(path: Path, config: ModelConfig) -> dict[str, LowRank]:
         if len(pair) != 2:
             raise ValueError(f"{name}: lora_{next(iter(pair))} is there alone; expected lora_A and lora_B")
     # In the order of the model, whatever that of the file.
-    return {
+    ordered = {
         name: LowRank(found[name]["A"], found[name]["B"]) for name in config.tensor_shapes() if name in found
     }
+    return ordered, header["__metadata__"].get(_BASE_CODES)
 
 
 def _name(text: str) -> tuple[str, str]:

@@ -111,6 +111,7 @@ def merge(
     formats.encodings(out)
     checkpoint = formats.read(model)
     change = adapters.read(adapter, checkpoint.config)
+    adapters.check_base(change, checkpoint)
     examples = _examples(checkpoint, data) if data else []
     is_master = all(isinstance(tensor, np.ndarray) for tensor in checkpoint.tensors.values())
     base = checkpoint if is_master else quantize(checkpoint)

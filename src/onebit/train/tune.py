@@ -196,6 +196,7 @@ def answers(recipe: TuneRecipe, chats: chat.Chats, checkpoint: Checkpoint, out: 
         out: where the result goes, for the command that runs it.
     """
     evaluated = chats.held_out
+    base_codes = adapters.fingerprint(checkpoint)
     mean_tokens = sum(len(e.tokens) for e in chats.train) / len(chats.train)
 
     def batch(step: int) -> Batch:
@@ -207,7 +208,8 @@ def answers(recipe: TuneRecipe, chats: chat.Chats, checkpoint: Checkpoint, out: 
         return {"held_out_nats_per_token": answer_loss(model, some)} if some else {}
 
     def write(model: Transformer, provenance: dict[str, Any], folder: Path) -> None:
-        adapters.write(lora.detach(model, recipe.lora.r, recipe.lora.alpha), folder, recipe.base)
+        learned = lora.detach(model, recipe.lora.r, recipe.lora.alpha)
+        adapters.write(replace(learned, base_codes=base_codes), folder, recipe.base)
 
     again = shlex.join(["onebit", "run", "-m", recipe.base, "--adapter", str(out)])
     return Task(
