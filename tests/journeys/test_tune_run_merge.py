@@ -133,7 +133,7 @@ def test_full_tuning(is_packed, model, chats, tmp_path):
 
 
 def test_an_adapter_knows_its_model_in_every_format(chats, tmp_path):
-    """One tuned beside a master runs beside its packed file and its folder for transformers, and beside no other model of that shape."""
+    """Tuned beside a master it runs beside its packed file and folder for transformers, and beside no other model."""
     config = tiny.config(d_model=64)
     master = tiny.master(config, seed=3, chat_template=tiny.CHAT_TEMPLATE)
     run_folder.write(master, tmp_path / "run")

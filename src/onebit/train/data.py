@@ -90,13 +90,13 @@ def read_documents(folder: Path, include: tuple[str, ...]) -> Iterator[str]:
         try:
             for member, raw in _open_members(path, name):
                 if any(fnmatch(member, pattern) for pattern in include):
-                    yield from _split_documents(member, raw)
+                    yield from _split_documents(str(folder / member), raw)
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             # bz2 and gzip report damage as an OSError without a number.
             reason = " ".join(str(error).split())
-            raise ValueError(f"{name}: cannot be unpacked ({reason}); the file is damaged") from None
+            raise ValueError(f"{path}: cannot be unpacked ({reason}); the file is damaged") from None
 
 
 def check_folder(folder: Path | None) -> Path:

@@ -300,6 +300,26 @@ def override(recipe: _R, overrides: list[str]) -> _R:
     return changed
 
 
+def fields_of(path: Path) -> dict[str, Any]:
+    """The fields of a recipe as a run folder keeps them, of whatever kind of run.
+
+    Args:
+        path: its recipe.json.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a recipe, which is JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a recipe, which is a JSON object")
+    return values
+
+
 def read(path: Path) -> Recipe:
     """The recipe that a run folder was started with.
 
@@ -307,16 +327,14 @@ def read(path: Path) -> Recipe:
         path: its recipe.json.
 
     Raises:
-        ValueError: there is none, or not one of this version.
+        ValueError: there is none, that of a tuning run, or not one of this version.
     """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
+    values = fields_of(path)
+    if "chats" in values:
+        raise ValueError(
+            f"{path.parent}: is a tuning run; go on with: onebit tune --out {path.parent} --resume"
+        )
     try:
-        values = json.loads(path.read_text())
-        if "chats" in values:
-            raise ValueError(
-                f"it is that of a tuning run; go on with: onebit tune --out {path.parent} --resume"
-            )
         values["model"] = ModelConfig.from_dict(values["model"])
         values["data"]["include"] = tuple(values["data"]["include"])
         values["data"], values["optim"] = Data(**values["data"]), Schedule(**values["optim"])

@@ -7,7 +7,6 @@ weights instead, of a packed model those that stand in for the ones behind its c
 learned (see chat.py).
 """
 
-import json
 import shlex
 from dataclasses import dataclass, field, fields, replace
 from math import ceil
@@ -32,7 +31,7 @@ from onebit.train import chat, ranks, state
 from onebit.train.loop import fit
 from onebit.train.optim import Schedule
 from onebit.train.origin import first_model
-from onebit.train.recipe import Data, Options, Recipe, check_vocabulary, given_vocabulary, override
+from onebit.train.recipe import Data, Options, Recipe, check_vocabulary, fields_of, given_vocabulary, override
 from onebit.train.task import Batch, Task
 
 # Times that the conversations are read unless steps are given.
@@ -135,13 +134,13 @@ def read(path: Path) -> TuneRecipe:
     Raises:
         ValueError: there is none, or not one of tuning.
     """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
+    values = fields_of(path)
+    if "chats" not in values:
+        verb = "distill" if "distill" in values else "train"
+        raise ValueError(
+            f"{path.parent}: is no tuning run; go on with: onebit {verb} --out {path.parent} --resume"
+        )
     try:
-        values = json.loads(path.read_text())
-        if "chats" not in values:
-            verb = "distill" if "distill" in values else "train"
-            raise ValueError(f"go on with: onebit {verb} --out {path.parent} --resume")
         values["model"] = ModelConfig.from_dict(values["model"])
         values["data"]["include"] = tuple(values["data"]["include"])
         values["lora"]["targets"] = tuple(values["lora"]["targets"])
