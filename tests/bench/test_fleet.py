@@ -27,12 +27,14 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
     fleet.close()
 
 
-def test_a_fresh_process_tells_its_start_and_its_memory(tmp_path):
+def test_a_fresh_process_tells_its_start_and_its_memory(tmp_path, monkeypatch):
     path = tmp_path / "tiny.onebit"
     formats.write(quantize(tiny.master()), path)
     fleet = Fleet({OURS: Engine({"engine": ENGINE, "path": str(path), "threads": 1}, 0, fresh=True)})
     request = {"what": "one_text", "threads": 1, "seconds": 0, "prompt": 4, "tokens": 3}
-    watched = []
+    looks, watched = [], []
+    look = fleets.Meter.look
+    monkeypatch.setattr(fleets.Meter, "look", lambda *args: looks.append(look(*args)) or looks[-1])
 
     class Watch:
         def __init__(self, pid):
@@ -49,6 +51,9 @@ def test_a_fresh_process_tells_its_start_and_its_memory(tmp_path):
         assert 0 < answer.load_s < answer.elapsed_s and 0 < answer.value < answer.elapsed_s
         # Python with numpy takes more than ten megabytes; it reserves more than it uses.
         assert 10e6 < answer.peak_bytes < answer.address_bytes
+    if None not in looks:
+        # What others did is watched from before the start: the text alone is shorter than a tick of the system's clock.
+        assert looks[1].clock_s - looks[0].clock_s > first.load_s
     assert watched[1:3] == watched[4:6] == ["open", "closed"] and watched[0] != watched[3]
     with pytest.raises(Absent, match="AttributeError: .*'nonsense'"):
         fleet.ask(OURS, {"what": "nonsense"})
