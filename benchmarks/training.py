@@ -3,10 +3,11 @@
     python benchmarks/training.py rates --data texts --runs runs/law --sizes 276K    # tries learning rates
     python benchmarks/training.py law --data texts --runs runs/law --out law.json
     python benchmarks/training.py options --data texts --runs runs/law --out options.json
+    python benchmarks/training.py options --sizes 8.1M --known law.json --only SwiGLU,EMA --data texts --runs runs/law
 
 Every run is a run folder of its own with a recipe.json; what is finished is not done again, and what was stopped goes
-on. All runs see the same tokens in the same order for a seed. Prints a table, and last a JSON line, which --out keeps;
-the picture goes to a PNG beside it.
+on; nor is what --known, a result of this script, holds. All runs see the same tokens in the same order for a seed.
+Prints a table, and last a JSON line, which --out keeps; the picture goes to a PNG beside it.
 """
 
 import argparse
@@ -44,6 +45,7 @@ SHAPES = {
     "1.8M": (192, 5, 6, 6, 32, 384),
     "8.1M": (384, 5, 4, 2, 96, 1024),
 }
+# Where options are tried, unless --sizes says another one.
 ABLATED = "655K"
 # The dearer, the fewer; the largest is the one that ships.
 N_SEEDS = {"82K": 3, "276K": 3, "655K": 2, "1.8M": 1, "8.1M": 3}
@@ -127,6 +129,11 @@ def n_weights(recipe: Recipe) -> int:
     return recipe.model.n_layers * sum(n * k for n, k in shapes)
 
 
+def n_tokens(recipe: Recipe) -> int:
+    """Tokens that a run reads."""
+    return recipe.steps * recipe.batch_size * recipe.data.seq_len
+
+
 def run(job: Job, corpus: Path, out: Path) -> dict[str, Any]:
     """Train, or go on, or read what is finished; returns held-out bits per byte, None where it diverged."""
     from onebit.nn.transformer import Transformer
@@ -153,7 +160,7 @@ def run(job: Job, corpus: Path, out: Path) -> dict[str, Any]:
         done = last_record(out)
     return {
         "kind": job.kind, "size": job.size, "label": job.label, "seed": recipe.seed, "rate": recipe.optim.lr,
-        "weights": n_weights(recipe), "tokens": recipe.steps * recipe.batch_size * recipe.data.seq_len,
+        "weights": n_weights(recipe), "tokens": n_tokens(recipe),
         "bits_per_byte": None if diverged.exists() else done["held_out_bits_per_byte"],
         "tok_per_s": done.get("tok_per_s"),
     }  # fmt: skip
@@ -167,9 +174,9 @@ def last_record(out: Path) -> dict[str, Any]:
 
 
 def run_all(
-    jobs: list[Job], data_folder: Path, include: str, runs: Path, processes: int
+    jobs: list[Job], data_folder: Path, include: str, runs: Path, processes: int, known: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """All jobs, some at a time; the corpus is made once for all."""
+    """All jobs but those that are known, some at a time; the corpus is made once for all."""
     from onebit.train import data
 
     corpus = runs / "corpus"
@@ -179,6 +186,12 @@ def run_all(
     with ProcessPoolExecutor(processes) as pool:
         waiting = {}
         for job in jobs:
+            same = (job.kind, job.size, job.label, job.recipe.seed, job.recipe.optim.lr, n_tokens(job.recipe))
+            fields = ("kind", "size", "label", "seed", "rate", "tokens")
+            found = [r for r in known if tuple(r[field] for field in fields) == same]
+            if found:
+                results += found[:1]
+                continue
             name = "-".join([job.kind, job.size, job.label, str(job.recipe.seed), f"{job.recipe.optim.lr:g}"])
             folder = runs / "".join(
                 c if c.isalnum() or c in ".-" else "_" for c in f"{name}-{job.recipe.steps}"
@@ -187,7 +200,9 @@ def run_all(
         for i, (future, name) in enumerate(waiting.items(), 1):
             result = future.result()
             results.append(result)
-            print(f"{time.strftime('%H:%M')} {i}/{len(jobs)} {name}: {result['bits_per_byte']}", flush=True)
+            print(
+                f"{time.strftime('%H:%M')} {i}/{len(waiting)} {name}: {result['bits_per_byte']}", flush=True
+            )
     return results
 
 
@@ -352,6 +367,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has two more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    parser.add_argument(
+        "--only", help="options whose names hold one of these, as in SwiGLU,EMA; all by default"
+    )
+    parser.add_argument("--known", type=Path, help="a result of this script, whose runs are not done again")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     steps = arguments.steps
@@ -366,12 +385,19 @@ def main() -> None:
             for seed in range(1, FEWER_SEEDS.get((kind, size), N_SEEDS[size]) + 1):
                 jobs.append(Job(kind, size, "default", make(kind, size, peak, seed, steps)))
     if arguments.what == "options":
-        peak = PEAKS[ABLATED][0]
+        size = sizes[0] if arguments.sizes else ABLATED
+        peak = PEAKS[size][0]
         for seed in range(1, arguments.seeds + 3):
-            jobs.append(Job("ternary", ABLATED, "default", make("ternary", ABLATED, peak, seed, steps)))
-        for seed, (label, sets) in itertools.product(range(1, arguments.seeds + 1), OPTIONS.items()):
-            jobs.append(Job("ternary", ABLATED, label, make("ternary", ABLATED, peak, seed, steps, sets)))
-    results = run_all(jobs, arguments.data, arguments.include, arguments.runs, arguments.jobs)
+            jobs.append(Job("ternary", size, "default", make("ternary", size, peak, seed, steps)))
+        asked = arguments.only.split(",") if arguments.only else [""]
+        chosen = {label: sets for label, sets in OPTIONS.items() if any(part in label for part in asked)}
+        for seed, (label, sets) in itertools.product(range(1, arguments.seeds + 1), chosen.items()):
+            try:
+                jobs.append(Job("ternary", size, label, make("ternary", size, peak, seed, steps, sets)))
+            except ValueError as reason:
+                print(f"{label}: left out at {size}: {reason}")
+    known = json.loads(arguments.known.read_text())["runs"] if arguments.known else []
+    results = run_all(jobs, arguments.data, arguments.include, arguments.runs, arguments.jobs, known)
     summary: dict[str, Any] = {}
     if arguments.what != "rates":
         picture = arguments.out.with_suffix(".png") if arguments.out else None
