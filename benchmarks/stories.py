@@ -115,13 +115,14 @@ def main() -> None:
 
     llm = onebit.load(arguments.run)
     encode, context = llm.tokenizer.encode, llm.config.max_seq_len
-    models: dict[str, Logits] = {"ternary": llm.logits}
+    models: dict[str, tuple[Logits, Callable[[str], list[int]]]] = {"ternary": (llm.logits, encode)}
     folders = {"ternary": arguments.run}
     if arguments.twin:
-        models["full_precision"] = torch_logits(arguments.twin, in_order=False)
+        models["full_precision"] = torch_logits(arguments.twin, in_order=False), encode
         folders["full precision"] = arguments.twin
     if arguments.before:
-        models["before"] = onebit.load(arguments.before).logits
+        before = onebit.load(arguments.before)
+        models["before"] = before.logits, before.tokenizer.encode
     held_out = np.load(arguments.run / "corpus" / "held_out.npy")
     ends = np.flatnonzero(held_out == llm.config.eos_tokens[0])
     stories = [llm.tokenizer.decode(part.tolist()) for part in np.split(held_out, ends + 1)[:-1]]
@@ -130,10 +131,10 @@ def main() -> None:
         text = file.read().replace(END_OF_TEXT, "")
 
     result: dict[str, object] = {"label": llm.config.label, "held_out_stories": len(stories)}
-    for name, logits in models.items():
+    for name, (logits, words) in models.items():
         result[name] = {
-            "held_out_bits_per_byte": round(bits_per_byte(logits, encode, stories, context), 4),
-            "text_bits_per_byte": round(bits_per_byte(logits, encode, [text], context), 4),
+            "held_out_bits_per_byte": round(bits_per_byte(logits, words, stories, context), 4),
+            "text_bits_per_byte": round(bits_per_byte(logits, words, [text], context), 4),
         }
     result["greedy_engine_against_torch"] = compare_greedy(llm, torch_logits(arguments.run, in_order=True))
     for seed in range(10):

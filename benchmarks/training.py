@@ -47,6 +47,8 @@ SHAPES = {
 }
 # Where options are tried, unless --sizes says another one.
 ABLATED = "655K"
+# Sequences in a step: half of the shipped model's, for runs that are short.
+BATCH = 4
 # The dearer, the fewer; the largest is the one that ships.
 N_SEEDS = {"82K": 3, "276K": 3, "655K": 2, "1.8M": 1, "8.1M": 3}
 FEWER_SEEDS = {("binary", "8.1M"): 1}
@@ -115,7 +117,7 @@ def make(kind: str, size: str, rate: float, seed: int, steps: int, sets: Iterabl
     sets = [text.replace("{steps//5}", str(steps // 5)).replace("{middle}", middle) for text in sets]
     rate *= math.prod(RATE_SHARES.get(text, 1) for text in sets)
     overrides += [
-        f"steps={steps}", f"optim.lr={rate}", f"optim.lr_second={rate * share}",
+        f"steps={steps}", f"batch_size={BATCH}", f"optim.lr={rate}", f"optim.lr_second={rate * share}",
         f"optim.warmup_steps={steps // 10}", "options.optimizer=muon", "compile=true",
         f"seed={seed}", f"evaluate_every={steps // 4}", "evaluate_sequences=128", "save_every=100",
         "health_every=0", *sets,
@@ -362,9 +364,7 @@ def main() -> None:
     parser.add_argument("--include", default="*", help="glob pattern of the files in it")
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--sizes", help=f"some of {', '.join(SHAPES)}")
-    parser.add_argument(
-        "--steps", type=int, default=300, help=f"of {SHIPPED.batch_size} x {SHIPPED.data.seq_len} tokens"
-    )
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} x {SHIPPED.data.seq_len} tokens")
     parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has two more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument(

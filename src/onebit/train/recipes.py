@@ -20,16 +20,17 @@ __all__ = ["RECIPES", "SIZES", "Data", "Options", "Recipe", "build", "override",
 
 
 def stories() -> Recipe:
-    """The shipped model: 10 M ternary parameters that write stories for children, in hours on two CPU cores."""
+    """The shipped model: 10 M ternary parameters that write stories for children, in an hour on one CPU core."""
     return Recipe(
         name="stories",
         model=ModelConfig(
             vocab_size=4096, d_model=384, n_layers=5, n_heads=4, n_kv_heads=2, d_head=96, d_ff=1024
         ),
-        data=Data(include=("*tinystories_slices.dedup.jsonl",)),
-        optim=Schedule(lr=3e-3, lr_second=2e-3, warmup_steps=200),
-        steps=3750,
-        batch_size=4,
+        data=Data(include=("*tinystories_slices.dedup.jsonl", "*tinystories_more.jsonl")),
+        optim=Schedule(lr=1e-2, lr_second=6.7e-3, warmup_steps=100),
+        options=Options(optimizer="muon"),
+        steps=2200,
+        batch_size=8,
         compile=True,
         threads=1,
         evaluate_every=200,

@@ -34,9 +34,10 @@ class Size:
     binary: float
 
 
-# Rates of 1M, 3M and 30M follow that of 10M, which is the shipped model's; 125M lies between it and the 1.8e-3 that
-# arXiv:2411.04965 gives for 400M. Published: b1.58 from 700M, "Training Tips, Code and FAQ", table 2; b1 from 125M,
-# arXiv:2310.11453, table 5 (its 760M and 2.7B stand for 700M and 3B). The papers' runs are 100 B tokens.
+# Rates of 1M, 3M and 30M follow that of 10M, which is that of the first model that shipped, with AdamW; 125M lies
+# between it and the 1.8e-3 that arXiv:2411.04965 gives for 400M. Published: b1.58 from 700M, "Training Tips, Code and
+# FAQ", table 2; b1 from 125M, arXiv:2310.11453, table 5 (its 760M and 2.7B stand for 700M and 3B). The papers' runs
+# are 100 B tokens.
 SIZES = {
     "1M": Size((128, 3, 4, 2, 32, 256), 4096, 256, 1000, 8, 1, (3e-3, 2e-3), 3e-3),
     "3M": Size((256, 3, 4, 2, 64, 512), 4096, 256, 2000, 8, 1, (3e-3, 2e-3), 3e-3),
