@@ -92,7 +92,7 @@ def draw(folders: dict[str, Path], path: Path) -> None:
         steps, values = zip(*((r["step"] + 1, r["held_out_bits_per_byte"]) for r in held_out), strict=True)
         right.plot(steps, values, marker=".", label=name)
     left.set(xlabel="step", ylabel=f"training loss, nats per token (mean of {SMOOTH})")
-    right.set(xlabel="step", ylabel="held-out stories, bits per byte")
+    right.set(xlabel="step", ylabel="held-out stories, bits per byte (a part; last point: all)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
