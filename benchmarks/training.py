@@ -350,7 +350,7 @@ def draw_options(rows: list[tuple[str, list[float], int]], noise: float, path: P
     axis.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axis.set(xlabel="change of held-out bits per byte against the default, % (less is better)")
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper right")
     figure.savefig(path, dpi=110)
 
 
@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--sizes", help=f"some of {', '.join(SHAPES)}")
     parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} x {SHIPPED.data.seq_len} tokens")
-    parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has two more")
+    parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has at least three")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument(
         "--only", help="options whose names hold one of these, as in SwiGLU,EMA; all by default"
@@ -387,7 +387,7 @@ def main() -> None:
     if arguments.what == "options":
         size = sizes[0] if arguments.sizes else ABLATED
         peak = PEAKS[size][0]
-        for seed in range(1, arguments.seeds + 3):
+        for seed in range(1, max(arguments.seeds, 3) + 1):
             jobs.append(Job("ternary", size, "default", make("ternary", size, peak, seed, steps)))
         asked = arguments.only.split(",") if arguments.only else [""]
         chosen = {label: sets for label, sets in OPTIONS.items() if any(part in label for part in asked)}
