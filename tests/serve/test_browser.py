@@ -350,6 +350,26 @@ def test_the_dashboard_shows_what_the_metrics_say(page, server):
     assert len([url for url in page.requests if url.endswith("/metrics")]) <= 1
 
 
+def test_the_dashboard_judges_a_model_by_many_answers(page, server):
+    page.open()
+    page.one("#tab-dashboard").click()
+    cell = "[data-card=health] tbody tr:last-child td:nth-of-type(3)"
+    page.wait(lambda: page.texts(cell))
+    body = {
+        "model": "talker",
+        "prompt": "Once",
+        "max_tokens": 30,
+        "ignore_eos": True,
+        "logit_bias": {"13": 100},
+    }
+    for _ in range(19):
+        assert server.post("/v1/completions", body).status_code == 200
+    page.wait(lambda: "".join(page.texts(cell)).startswith("9"))
+    assert page.texts(f"{cell} .verdict.bad") == []
+    assert server.post("/v1/completions", body).status_code == 200
+    page.wait(lambda: page.texts(f"{cell} .verdict.bad"))
+
+
 def test_keys_of_the_keyboard_reach_everything(page):
     page.open()
     page.one("#tab-chat").send_keys(Keys.ARROW_RIGHT)

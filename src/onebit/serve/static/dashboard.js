@@ -12,6 +12,9 @@ const WINDOW = 60;
 const MOMENT = 5;
 // See "Model health" in docs/guide/serve.md.
 const LIMITS = { repetition: 0.5, lowEntropy: 0.05, highEntropy: 6, saturated: 0.1, zero: 0.95, zeroOfDown: 0.999, kvBits: 3 };
+// Answers that a mean must be of before anything is said against a model, as in deploy/prometheus-alerts.yml: one text
+// may well be sure of itself.
+const ENOUGH = 20;
 // How requests end well, and what clients do to themselves.
 const FINE = new Set(["ok", "cancelled"]);
 
@@ -129,15 +132,19 @@ function healthTable(f, start, rate) {
 function healthRow(model, f, start, rate) {
   const own = { model: model.id }, engine = { model: model.parent ?? model.id };
   // Without an answer in these minutes, what is known since the start.
-  const recent = (name) => mean(f, start, name, own) ?? mean(f, null, name, own);
+  const recent = (name) => {
+    const since = increase(f, start, `${name}_count`, own) ? start : null;
+    return { value: mean(f, since, name, own), isEnough: increase(f, since, `${name}_count`, own) >= ENOUGH };
+  };
   const repetition = recent("onebit_repetition"), entropy = recent("onebit_entropy_nats");
   const failed = total(f, "onebit_failed_steps_total", engine);
-  const entropyIsOff = entropy !== null && (entropy < LIMITS.lowEntropy || entropy > LIMITS.highEntropy);
+  const repeats = repetition.isEnough && repetition.value > LIMITS.repetition;
+  const entropyIsOff = entropy.isEnough && (entropy.value < LIMITS.lowEntropy || entropy.value > LIMITS.highEntropy);
   return element("tr", {}, element("th", { scope: "row" }, model.id), element("td", {}, model.label),
     // An adapter's tokens count with its model.
     element("td", {}, model.parent ? "" : number(rate(own) ?? 0)),
-    element("td", {}, verdict(repetition !== null && repetition > LIMITS.repetition, percent(repetition))),
-    element("td", {}, verdict(entropyIsOff, entropy === null ? "–" : `${number(entropy, 2)} nats`)),
+    element("td", {}, verdict(repeats, percent(repetition.value))),
+    element("td", {}, verdict(entropyIsOff, entropy.value === null ? "–" : `${number(entropy.value, 2)} nats`)),
     ...layers(f, start, model), element("td", {}, verdict(failed > 0, number(failed, 0))), element("td", {}, weights(f, engine)));
 }
 
