@@ -92,7 +92,7 @@ def test_a_recipe_comes_back_from_its_file(name, tmp_path):
     damaged += [text.replace('"threads": ', '"threads": true, "x": '), "[" * 100000]
     for content in ("{", "{}", "[]", '{"name": "x"}', '{"model": {}, "data": []}', *damaged):
         path.write_text(content)
-        with pytest.raises(ValueError, match="not a recipe"):
+        with pytest.raises(ValueError, match="not a recipe|the recipe is n"):
             read(path)
 
 

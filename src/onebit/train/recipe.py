@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from onebit.config import ModelConfig
+from onebit.formats.tensors import named, parse_json
 from onebit.train.optim import Schedule
 
 # What a resumed run may change: where things lie and what is written of them, but no loss.
@@ -311,13 +312,8 @@ def fields_of(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no run to resume; start it without --resume")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a recipe, which is JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a recipe, which is a JSON object")
-    return values
+    with named(path):
+        return parse_json(path.read_bytes(), "the recipe")
 
 
 def read(path: Path) -> Recipe:
