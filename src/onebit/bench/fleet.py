@@ -118,7 +118,8 @@ class Fleet:
         engine, key = self.engines[name], json.dumps(request, sort_keys=True)
         if (name, key) in self._deadly:
             raise Absent(self._deadly[name, key])
-        began = self._look(name)
+        # Of a fresh one the start is watched too: its text alone is shorter than a tick of the system's clock.
+        before = self._look(name)
         worker = self._workers.get(name) or self._start(name)
         try:
             # A fresh one is measured as it comes.
@@ -129,8 +130,8 @@ class Fleet:
                     worker.warm.add(key)
                 time.sleep(SETTLE_S)
             with watch(worker.process.pid):
-                # The start of a fresh one is part of it, and its text alone is too short for the system's clock.
-                before = began if engine.fresh else self._look(name)
+                if not engine.fresh:
+                    before = self._look(name)
                 answer = self._call(name, request)
                 elapsed_s = time.perf_counter() - worker.started
                 after = self._look(name)

@@ -195,7 +195,7 @@ def answers(recipe: TuneRecipe, chats: chat.Chats, checkpoint: Checkpoint, out: 
         out: where the result goes, for the command that runs it.
     """
     evaluated = chats.held_out
-    base_codes = adapters.fingerprint(checkpoint)
+    base_codes = None if recipe.full else adapters.fingerprint(checkpoint)
     mean_tokens = sum(len(e.tokens) for e in chats.train) / len(chats.train)
 
     def batch(step: int) -> Batch:
