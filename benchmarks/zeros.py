@@ -1,6 +1,6 @@
 """How many zeros squared ReLU leaves in a packed model, and what skipping them could save.
 
-    python benchmarks/zeros.py --text tinystories_val.txt.xz [--model stories.onebit] [--tokens 4096]
+    python benchmarks/zeros.py --model relu2.onebit --text tinystories_val.txt.xz [--tokens 4096]
 
 A gate <= 0 makes its row of `up` needless; a zero code at the input of `down` makes a column of it needless, and four
 in a row a whole line of 64 bytes of the layout that `down` has today. All skips are exact. Counts them per layer over
@@ -20,7 +20,6 @@ import torch
 import onebit
 from onebit.checkpoint import Checkpoint, to_dense
 from onebit.config import ModelConfig
-from onebit.llm import SHIPPED_MODEL
 from onebit.nn.transformer import Block, Transformer
 from onebit.packing import UNIT_INPUTS, PackedTensor, packed_shape
 from onebit.quant import quantize_a8
@@ -96,11 +95,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, required=True, help="text, .txt or .txt.xz")
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="a packed relu2 model")
+    parser.add_argument("--model", type=Path, required=True, help="a packed model with squared ReLU")
     parser.add_argument("--tokens", type=int, default=4096)
     arguments = parser.parse_args()
 
     llm = onebit.load(arguments.model)
+    if llm.config.activation != "relu2":
+        parser.error(f"--model has {llm.config.activation} as gate; expected one with relu2, squared ReLU")
     model = Transformer.from_checkpoint(master(llm.checkpoint)).eval()
     counters = [Counter(block) for block in model.layers]
     opener = lzma.open if arguments.text.suffix == ".xz" else open

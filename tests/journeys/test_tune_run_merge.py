@@ -205,9 +205,11 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
         )
 
     out = tmp_path / "run"
-    changes = [word for setting in SETTINGS for word in ("--set", setting)]
+    changes = [word for setting in SETTINGS if "lora" not in setting for word in ("--set", setting)]
+    changes += ["--lora", "r=3", "--lora", "targets=q,v"]
     made = onebit_("tune", model, "--data", chats, "--out", out, *changes)
     assert made.returncode == 0 and "3 conversations" in made.stderr, made.stderr
+    assert tune.read(out / "recipe.json").lora == tune.Lora(r=3, targets=("q", "v"))
     assert f"onebit run -m {model} --adapter {out}" in made.stderr.replace("\n", " ")
     asked = ("run", "user: Hello\nassistant: ", "-m", model, "--temperature", 0, "--max-tokens", 16)
     with_it, without = onebit_(*asked, "--adapter", out), onebit_(*asked)
@@ -220,7 +222,7 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
         (("tune", model, "--data", chats, "--out", out), "already holds a run"),
         (("tune", "--out", tmp_path / "none", "--resume"), "no run to resume"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.rank=3"), "no 'rank'"),
-        (("tune", model, "--data", chats, "--out", "x", "--set", "lora.r=0"), "lora.r is 0"),
+        (("tune", model, "--data", chats, "--out", "x", "--lora", "r=0"), "lora.r is 0"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.targets=q,x"), "targets are"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "options.noise=1"), "--set options"),
         (
@@ -247,7 +249,7 @@ def test_what_a_tuning_run_refuses(model, chats, tmp_path):
         )
     assert sorted(p.name for p in (tmp_path / "bad").iterdir()) == ["metrics.jsonl", "recipe.json"]
     tune.tune(planned, out)
-    changed = override(tune.read(out / "recipe.json"), ["lora.r=3", "optim.lr=2"])
+    changed = override(tune.read(out / "recipe.json"), ["lora.r=3", "optim.lr=2", "optim.lr_second=0.01"])
     with pytest.raises(
         ValueError, match=r"optim\.lr: 0\.01 in the run, 2\.0 now; lora\.r: 4 in the run, 3 now"
     ):

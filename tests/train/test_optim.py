@@ -3,6 +3,7 @@
 import pytest
 
 from onebit.train.optim import Schedule
+from onebit.train.recipes import build
 
 
 def test_two_stages_of_learning_rate_and_weight_decay():
@@ -19,3 +20,15 @@ def test_two_stages_of_learning_rate_and_weight_decay():
 
 def test_no_warmup():
     assert Schedule(lr=1.0, warmup_steps=0).at(0, 10) == (1.0, 0.1)
+
+
+def test_a_rate_takes_the_second_along():
+    rates = [
+        build("b1.58", [*settings]).optim for settings in ((), ["optim.lr=4e-3"], ["optim.lr_second=1e-4"])
+    ]
+    share = rates[0].lr_second / rates[0].lr
+    assert 0 < share < 1
+    assert (rates[1].lr, rates[1].lr_second) == (4e-3, pytest.approx(4e-3 * share))
+    assert (rates[2].lr, rates[2].lr_second) == (rates[0].lr, 1e-4)
+    both = build("b1.58", ["optim.lr_second=1e-4", "optim.lr=4e-3"]).optim
+    assert (both.lr, both.lr_second) == (4e-3, 1e-4)

@@ -175,7 +175,10 @@ def test_a_picture_that_cannot_be_drawn_costs_no_run(out, capsys):
 
 def test_a_changed_recipe_is_named_field_by_field(out):
     for change, message in (
-        ("optim.lr=0.001", r"run: optim\.lr: 0\.003 in the run, 0\.001 now\. Resume with"),
+        (
+            "optim.lr=0.001",
+            r"run: optim\.lr: 0\.003 in the run, 0\.001 now; optim\.lr_second: .*\. Resume with",
+        ),
         ("data.include=*.md", r'data\.include: \["\*"\] in the run, \["\*\.md"\] now'),
         ("model.scale=row", r'model\.scale: "tensor" in the run, "row" now'),
         ("threads=2", "threads: 1 in the run, 2 now"),

@@ -29,12 +29,20 @@ def tune(
         bool,
         typer.Option("--full", help="Train all weights instead of an adapter; the result is a run folder."),
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="r=16",
+            help="Change the adapter: r, alpha or targets; short for --set lora.r=16; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
 ) -> None:
     """Teach a model to answer, from conversations.
 
-    Example: onebit tune model.onebit --data chat.jsonl --out runs/chat --set lora.r=8
+    Example: onebit tune model.onebit --data chat.jsonl --out runs/chat --lora r=8
 
     The result runs beside the model: onebit run -m model.onebit --adapter runs/chat
     """
@@ -47,12 +55,13 @@ def tune(
             "--data is missing; as in: onebit tune model.onebit --data chat.jsonl --out runs/chat"
         )
 
+    overrides = [f"lora.{field}" for field in lora or []] + (overrides or [])
     from onebit.llm import SHIPPED_MODEL
     from onebit.train import tune as tuning
     from onebit.train.recipe import override
 
     if resume:
-        recipe = override(tuning.read(out / "recipe.json"), overrides or [])
+        recipe = override(tuning.read(out / "recipe.json"), overrides)
     else:
         assert data is not None
         recipe = tuning.plan(model or str(SHIPPED_MODEL), data, overrides, full)

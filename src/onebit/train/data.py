@@ -268,7 +268,7 @@ def prepare(
         if not documents:
             raise ValueError(
                 f"{data}: no text found; expected .txt, .md or .jsonl files (plain, .gz, .xz, .bz2 or .tar) "
-                f"matching {', '.join(include)}"
+                f"matching {', '.join(include)} (data.include)"
             )
         texts = divide(documents, held_out, CHARACTERS_PER_TOKEN * (seq_len + 1))
         tokenizer = (

@@ -91,7 +91,8 @@ class Options:
         noise: temperature of stochastic rounding of activations: a code is the upper neighbour with probability
             sigmoid((fraction - 1/2) / noise), a sign is + with sigmoid(x / (scale * noise)).
         gradient_limit: largest norm of a token's gradient at the output of a linear layer, before it passes through
-            the rounding, as a multiple of the root mean square over all tokens.
+            the rounding, as a multiple of the root mean square over all tokens: our reading of clipping before the
+            estimator.
         latent_clip: largest magnitude of a weight behind a code, as a multiple of the mean magnitude of its matrix.
         stabilise: mean magnitude of the weights of each matrix, and so the scale of its codes, that is held.
         l1: times sign(w), added to the gradient of the linear layers' weights.
@@ -286,6 +287,8 @@ _R = TypeVar("_R", bound=Recipe)
 def override(recipe: _R, overrides: list[str]) -> _R:
     """Apply "a.b=c" overrides to a recipe, all at once: fields that must fit together come in any order.
 
+    `optim.lr` alone moves the rates of both stages: `optim.lr_second` keeps its share of it.
+
     Raises:
         ValueError: an unknown field (with the near miss), or a value of the wrong type.
     """
@@ -297,6 +300,9 @@ def override(recipe: _R, overrides: list[str]) -> _R:
                 f"--set {text}: expected NAME=VALUE, as in --set steps=200 or --set optim.lr=1e-3"
             )
         _note(changes, recipe, path.split("."), value, path)
+    rates = changes.get("optim", {})
+    if "lr" in rates and "lr_second" not in rates:
+        rates["lr_second"] = rates["lr"] * (recipe.optim.lr_second / recipe.optim.lr)
     changed: _R = _changed(recipe, changes)
     return changed
 
