@@ -108,7 +108,7 @@ def test_layers_of_two_schemes_learn_and_run(texts, tmp_path):
     train(build("tiny", settings), texts, tmp_path / "run")
     master = run_folder.read(tmp_path / "run")
     assert master.config.layer_weights == ("b1.58", "b1", "b1.58")
-    assert state.open_run(build("tiny", settings), texts, tmp_path / "run", resume=True) is not None
+    assert state.open_run(build("tiny", settings), texts, tmp_path / "run", resume=True) is True
     zeros = losses(tmp_path / "run")[-1]["zeros"]
     assert zeros[1] == 0 < min(zeros[0], zeros[2])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Invariants of recipes and exact behaviour of overrides; every recipe trains for two steps."""
+"""Invariants of recipes and exact behaviour of overrides; every recipe trains for two steps, one of each phase."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from onebit.train import RECIPES, build, train
+from onebit.train import RECIPES, build, options, train
 from onebit.train.recipes import SIZES, Options, read
 
 
@@ -137,14 +137,24 @@ def test_schedules_are_the_published_ones():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_for_two_steps(name, tmp_path):
+def test_every_recipe_trains_for_two_steps(name, tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     for i in range(40):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"Story {i}. {tiny.TEXT}{i * i}")
     small = ["data.include=*", "data.vocab_size=300", "data.held_out=0.2", "data.seq_len=32", "steps=2"]
     if name not in ("tiny", "stories", "stories-dense"):
         small += ["size=1M", "health_every=1"]
-    recipe = build(name, [*small, "compile=false", "evaluate_sequences=1", "threads=1"])
+    small += ["compile=false", "evaluate_sequences=1", "threads=1", "options.first_share=0.5"]
+    recipe = build(name, small)
+    set_rounding, phases = options.set_rounding, []
+
+    def noted(rounding, *rest):
+        set_rounding(rounding, *rest)
+        phases.append(rounding.activations)
+
+    monkeypatch.setattr(options, "set_rounding", noted)
     train(recipe, tmp_path / "texts", tmp_path / "run")
+    has_phases = name in ("b1.58-a4", "b1.58-hadamard")
+    assert phases == (["a8", None] if has_phases else [None, None])
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@ Knows the definitions of the numbers; knows nothing of the transformer around it
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,20 @@ _LIMITS = {
 }
 
 
+class Seen(NamedTuple):
+    """What a group of layers with one input saw.
+
+    Args:
+        largest: magnitude in the input.
+        saturated: share of its codes that are the least or the largest.
+        outlier: largest magnitude / root mean square; 0 where all is zero.
+    """
+
+    largest: float
+    saturated: float
+    outlier: float
+
+
 @dataclass
 class Rounding:
     """How a training step rounds, and what it notes; the defaults are the definitions of `quant.py`, to the bit.
@@ -42,15 +57,14 @@ class Rounding:
         activations: instead of those of the model's config, or None.
         temperature: of stochastic rounding of the inputs; 0 rounds to nearest.
         gradient_limit: see `limit_gradient`; 0 is off.
-        notes: a list that gets, for each group of layers with one input, in the order in which they run, the largest
-            magnitude of the input and the share of its codes that are the least or the largest; or None.
+        notes: a list that gets what each group of layers with one input sees, in the order in which they run; or None.
     """
 
     strength: Tensor | None = None
     activations: str | None = None
     temperature: float = 0.0
     gradient_limit: float = 0.0
-    notes: list[tuple[float, float]] | None = None
+    notes: list[Seen] | None = None
 
     def note(self, x: Tensor, kind: str) -> None:
         """Append to `notes`. x: [..., k]; kind: a key of `quant.INPUT_QUANTIZERS`, or "none"."""
@@ -61,7 +75,8 @@ class Rounding:
             codes = INPUT_QUANTIZERS[kind](x)[0]
             low, high = _LIMITS[kind]
             saturated = ((codes <= low) | (codes >= high)).float().mean().item()
-        self.notes.append((x.abs().max().item(), saturated))
+        largest, root_mean_square = x.abs().max().item(), x.square().mean().sqrt().item()
+        self.notes.append(Seen(largest, saturated, largest / root_mean_square if largest else 0.0))
 
 
 def bit_linear(

@@ -1,14 +1,19 @@
-"""How a run is doing beyond its loss: codes that flip, codes that are zero, inputs that saturate, losses that climb."""
+"""How a run is doing beyond its loss: gradients, codes and inputs of each layer; and losses that climb.
+
+Reads only: nothing here changes what is trained.
+"""
 
 import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onebit.nn.bitlinear import Seen
 from onebit.nn.transformer import Transformer
 from onebit.quant import quantize_weights
 from onebit.train import ranks
@@ -54,6 +59,26 @@ class Watch:
         return self.n_high >= WINDOW
 
 
+def gradient_norms(model: Transformer) -> list[float]:
+    """Norm of the gradient of each layer, first to last.
+
+        n_i = sqrt(sum over the parameters of layer i of |gradient|^2)
+
+    Those that stand in no layer (embedding, head, last norm) are in the norm of all alone.
+
+    Args:
+        model: after a backward pass, before clipping; all processes must ask.
+
+    Returns:
+        a number for each layer.
+    """
+    norms = []
+    for layer in model.layers:
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        norms.append(ranks.whole(torch.nn.utils.get_total_norm(gradients)).item())
+    return _short(norms)
+
+
 @torch.no_grad()
 def look(
     model: Transformer,
@@ -73,28 +98,35 @@ def look(
 
     Returns:
         flips: share of the codes that differ from those of the last look; not there at the first.
-        zeros: share of the codes that are zero; not there for dense layers.
+        zeros: share of the codes that are zero; neither is there for dense layers and codes that do not learn.
         saturated: mean over the inputs of the linear layers of the share of least and largest codes.
         largest: largest magnitude of any such input.
+        outliers: largest ratio of the largest magnitude of such an input to its root mean square.
     """
-    notes: list[tuple[float, float]] = []
-    model.rounding.notes = notes
+    blocks: list[Any] = list(model.layers)
+    layers: list[list[Seen]] = [[] for _ in blocks]
+    for block, notes in zip(blocks, layers, strict=True):
+        block.rounding = replace(model.rounding, notes=notes)
     try:
         with precision:
             losses(model, *(array[:1] for array in arrays))
     finally:
-        model.rounding.notes = None
-    # Each layer multiplies four inputs; recomputing a layer would note them again.
-    count = len(notes) // len(model.layers)
-    layers = [notes[i * count : (i + 1) * count] for i in range(len(model.layers))]
+        for block in blocks:
+            block.rounding = model.rounding
     figures = {
-        "saturated": [sum(share for _, share in layer) / max(len(layer), 1) for layer in layers],
-        "largest": [max((size for size, _ in layer), default=0.0) for layer in layers],
+        "saturated": [sum(seen.saturated for seen in layer) / max(len(layer), 1) for layer in layers],
+        "largest": [max((seen.largest for seen in layer), default=0.0) for layer in layers],
+        "outliers": [max((seen.outlier for seen in layer), default=0.0) for layer in layers],
     }
-    if model.config.weights != "dense":
+    # Codes below an adapter do not learn: no weights stand behind them.
+    if model.config.weights != "dense" and model.linear_weights():
         figures = _codes(model, extras) | figures
+    return {name: _short(values) for name, values in figures.items()}
+
+
+def _short(values: list[float]) -> list[float]:
     # Six digits are plenty for a look, and a record stays a line.
-    return {name: [float(f"{value:.6g}") for value in values] for name, values in figures.items()}
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _codes(model: Transformer, extras: dict[str, Tensor]) -> dict[str, list[float]]:

@@ -159,6 +159,9 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
                 loss += part_loss.item()
             loss = ranks.total(loss)
             options.regularise(model, recipe.options.l1, recipe.options.l2)
+            is_look = recipe.health_every > 0 and (step + 1) % recipe.health_every == 0
+            # Now: clipping changes gradients in place.
+            norms = health.gradient_norms(model) if is_look else []
             norm_of_all = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
             norm = ranks.whole(norm_of_all).item()
             # While rounding sets in the loss may climb: a student begins as its teacher.
@@ -177,7 +180,8 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
                 "grad_norm": norm,
             }
             done = step + 1 == recipe.steps
-            if recipe.health_every and (step + 1) % recipe.health_every == 0:
+            if is_look:
+                record["grad_norms"] = norms
                 record |= health.look(model, task.losses, arrays, _precision(recipe, device), extras)
             if done or (step + 1) % recipe.evaluate_every == 0:
                 with options.as_packed(model, extras):

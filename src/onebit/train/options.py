@@ -121,12 +121,15 @@ def averaged(model: Transformer, extras: dict[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def as_packed(model: Transformer, extras: dict[str, Tensor]) -> Iterator[None]:
-    """The model as it is measured: averaged weights where there are any, wholly rounded, without noise."""
+    """The model that would be saved, to measure it: averaged weights where there are any, wholly rounded, no noise.
+
+    Inputs are rounded as its config says, also in a first phase that rounds them otherwise.
+    """
     rounding = model.rounding
-    before = rounding.strength, rounding.temperature
-    rounding.strength, rounding.temperature = None, 0.0
+    before = rounding.strength, rounding.activations, rounding.temperature
+    rounding.strength, rounding.activations, rounding.temperature = None, None, 0.0
     try:
         with averaged(model, extras):
             yield
     finally:
-        rounding.strength, rounding.temperature = before
+        rounding.strength, rounding.activations, rounding.temperature = before
