@@ -1,6 +1,6 @@
 """Invariant: a student comes nearer to its teacher; kept answers are live ones; a stopped run is the same run.
 
-Exact: gains, tokens around documents. What does not fit is refused.
+Exact: gains, tokens around documents. Oracle: relations of a layer in numpy and float64. What does not fit is refused.
 """
 
 import json
@@ -12,6 +12,8 @@ import torch
 
 import tiny
 from onebit import formats, llm
+from onebit.cli import main
+from onebit.config import RopeScaling
 from onebit.formats import run as run_folder
 from onebit.nn.transformer import Transformer
 from onebit.train import build, data, distill, health, losses, recipe, student, teacher, train
@@ -85,6 +87,99 @@ def test_a_binary_student_of_every_loss(dense, texts, tmp_path):
     records = student_of(dense, texts, tmp_path / "run", *settings, "optim.warmup_steps=5")
     assert records[-1]["loss"] < records[0]["loss"]
     assert run_folder.read(tmp_path / "run").config.label == "W1A8KV16"
+
+
+def queries_keys_values(model, tokens):
+    """Of each layer, as its linear layers give them: float64 [B, heads, T, H], before their rotary positions."""
+    found, c = [], model.config
+    for block in model.layers:
+
+        def noting(x, *names, block=block):
+            results = type(block).linear(block, x, *names)
+            if names == ("q", "k", "v"):
+                heads = zip(results, (c.n_heads, c.n_kv_heads, c.n_kv_heads), strict=True)
+                found.append([y.unflatten(-1, (n, -1)).transpose(1, 2).double().numpy() for y, n in heads])
+            return results
+
+        block.linear = noting
+    with torch.no_grad():
+        model(tokens)
+    for block in model.layers:
+        del block.linear
+    return found
+
+
+def turned(x, theta):
+    """Rotary positions: pair i of place t turns by t * theta^(-2 i / H)."""
+    n = x.shape[-1] // 2
+    angle = np.arange(x.shape[2])[:, None] * theta ** (-np.arange(n) / n)
+    a, b = x[..., :n], x[..., n:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+
+
+def log_relations(x, heads):
+    """[B, N, T, H] to logs of [B, A, T, T]."""
+    parts = x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], heads, -1).swapaxes(1, 2)
+    parts = parts / np.linalg.norm(parts, axis=-1, keepdims=True)
+    scores = np.exp(parts @ parts.swapaxes(-1, -2))
+    return np.log(scores / scores.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("has_positions", [True, False])
+def test_relations_are_those_of_their_layer_and_positions(dense, texts, tmp_path, has_positions):
+    checkpoint = formats.read(dense)
+    corpus = corpus_of(dense, texts, tmp_path / "corpus")
+    asked = teacher.Teacher(checkpoint, "f32", torch.device("cpu"))
+    settings = [*SMALL, "distill.logits=0", "distill.relations=3", "distill.relation_heads=2"]
+    settings += [f"distill.relation_rope={str(has_positions).lower()}"]
+    built = distill.build_distill("x", checkpoint, settings)
+    model = distill.first_student(checkpoint, built, corpus)
+    tokens = torch.from_numpy(data.batch(corpus.train, 0, 4, 32, 1))
+    mine, theirs = (queries_keys_values(m, tokens[:, :-1]) for m in (model, asked.model))
+    assert len(mine) == checkpoint.config.n_layers == 2
+    expected = []
+    for layer in range(2):
+        total = 0
+        for place, (s, t) in enumerate(zip(mine[layer], theirs[layer], strict=True)):
+            # Values have no positions.
+            if has_positions and place < 2:
+                s, t = (turned(x, checkpoint.config.rope_theta) for x in (s, t))
+            log_q, log_p = log_relations(s, 2), log_relations(t, 2)
+            total = total + (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(1)
+        expected.append(3 * total.flatten())
+    for layer in (-2, -1, 0, 1):
+        chosen = distill.build_distill("x", checkpoint, [*settings, f"distill.relation_layer={layer}"])
+        found = distill.distillation(chosen, corpus, asked, None).losses(model, tokens)
+        np.testing.assert_allclose(found.detach(), expected[layer], rtol=2e-4, atol=5e-6)
+    assert np.abs(expected[0] - expected[1]).max() > 0.1 * np.abs(expected[0]).max()
+
+
+FAMILIES = {
+    "Llama": {"tied_head": False},
+    "Llama 3": {"tied_head": False, "rope_scaling": RopeScaling("llama3", 8.0, 64), "n_kv_heads": 1},
+    "SmolLM": {"rope_theta": 1e5},
+    "Qwen2": {"qkv_bias": True, "norm_eps": 1e-6},
+    "Qwen3": {"qk_norm": True, "norm_eps": 1e-6},
+    "sub-norms": {"sub_norm": True, "activation": "relu2"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teachers_of_all_families(family, texts, tmp_path):
+    """While rounding is hardly begun the student is its teacher: every flag and tensor has come over."""
+    flags = {"sub_norm": False, "activation": "silu"} | FAMILIES[family]
+    config = tiny.config(weights="dense", activations="none", **flags)
+    run_folder.write(tiny.master(config), tmp_path / "teacher")
+    settings = ["steps=2", "evaluate_every=2", "distill.relations=1", "distill.relation_heads=2"]
+    settings += ["options.lambda_steps=1000000"]
+    first, last = student_of(tmp_path / "teacher", texts, tmp_path / "run", *settings)
+    # Measured is the student as it will be packed, wholly rounded.
+    assert first["loss"] < 2e-3 * last["held_out_kl"] and np.isfinite(last["loss"])
+    made = run_folder.read(tmp_path / "run")
+    assert made.config == replace(config, weights="b1.58", activations="a8")
+    before = tiny.tensors(config)
+    assert made.tensors.keys() == before.keys()
+    assert not [name for name, w in before.items() if np.array_equal(w, made.tensors[name])]
 
 
 def test_layers_of_a_student_may_differ(dense):
@@ -256,6 +351,41 @@ def test_documents_stand_between_the_teachers_tokens(dense, texts, tmp_path):
     assert corpus.tokenizer == checkpoint.tokenizer and corpus.train[0] == 5 and corpus.train[-1] == end
     ends = np.flatnonzero(corpus.train == end)[:-1]
     assert (corpus.train[ends + 1] == 5).all()
+
+
+REFUSALS = {
+    "layer": "is {}; the teacher has 2 layers: expected a number from 0 to 1, or from -1 (the last) to -2\n",
+    "heads": "is {}; expected a divisor of the widths of queries, keys and values of a layer (q 64, k 32, v 32): "
+    "choose a divisor of 32\n",
+}
+
+
+# 64 would do for the queries alone.
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer", 40), ("layer", 2), ("layer", -3), ("heads", 5), ("heads", 64)]
+)
+def test_relations_that_cannot_be_are_refused_before_anything_is_written(
+    name, value, texts, tmp_path, monkeypatch, capsys
+):
+    config = tiny.config(weights="dense", activations="none", sub_norm=False, activation="silu")
+    run_folder.write(tiny.master(config), tmp_path / "teacher")
+    words = [
+        "--teacher",
+        tmp_path / "teacher",
+        "--data",
+        texts,
+        "--out",
+        tmp_path / "run",
+        "--cache-logits",
+        4,
+    ]
+    words += ["--set", "distill.relations=1", "--set", f"distill.relation_{name}={value}"]
+    monkeypatch.setattr("sys.argv", ["onebit", "distill", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    expected = f"onebit: error: distill.relation_{name} {REFUSALS[name].format(value)}"
+    assert (ended.value.code, capsys.readouterr().err) == (2, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
 def test_what_is_refused(dense, texts, tmp_path):

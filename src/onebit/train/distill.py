@@ -6,6 +6,7 @@
 The loop is that of any other training; here are the recipe, the objective and the student's first weights.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onebit.checkpoint import Checkpoint
+from onebit.config import ModelConfig
 from onebit.nn.transformer import States, Transformer, rope
 from onebit.train import data as text
 from onebit.train import losses, ranks, state
@@ -103,8 +105,8 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
         overrides: "a.b=c" each.
 
     Raises:
-        ValueError: a teacher that cannot be distilled, an unknown field, a value that does not fit, or another shape
-            than the teacher's.
+        ValueError: a teacher that cannot be distilled, an unknown field, a value that does not fit (as a layer that
+            the teacher has not), or another shape than the teacher's.
     """
     check_teacher(teacher)
     n_tokens, context = teacher.config.vocab_size, teacher.config.max_seq_len
@@ -129,7 +131,25 @@ def build_distill(source: str, teacher: Checkpoint, overrides: list[str] | None 
         raise ValueError(
             "a student has rounded weights, and no learned scales; change model.weights or options.learned_scale"
         )
+    _check_relations(recipe.distill, config)
     return replace(recipe, model=config)
+
+
+def _check_relations(chosen: Distill, config: ModelConfig) -> None:
+    """Refuse a layer that is not there, and heads into which queries, keys and values cannot be cut."""
+    n = config.n_layers
+    if not -n <= chosen.relation_layer < n:
+        raise ValueError(
+            f"distill.relation_layer is {chosen.relation_layer}; the teacher has {n} layers: expected a number "
+            f"from 0 to {n - 1}, or from -1 (the last) to {-n}"
+        )
+    widths = {name: config.linear_shapes()[name][0] for name in ("q", "k", "v")}
+    if any(width % chosen.relation_heads for width in widths.values()):
+        found = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ValueError(
+            f"distill.relation_heads is {chosen.relation_heads}; expected a divisor of the widths of queries, keys "
+            f"and values of a layer ({found}): choose a divisor of {math.gcd(*widths.values())}"
+        )
 
 
 def first_student(teacher: Checkpoint, recipe: Recipe, corpus: text.Corpus) -> Transformer:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebit.formats.files import sync_folder, write_file
+from onebit.formats.files import naming, sync_folder, write_file
 from onebit.train import ranks
 
 ABOUT = "about.json"
@@ -46,7 +46,7 @@ def write(out: Path, step: int, state: Mapping[str, Tensor], about: dict[str, st
         about: what is written beside them, the step among it.
 
     Raises:
-        OSError: the disk is full, ...; the older folder stays.
+        OSError: the disk is full, ...; the older folder stays, and nothing is left of the new one.
     """
     # Here and below, so that one process alone waits for none of it.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -68,9 +68,15 @@ def write(out: Path, step: int, state: Mapping[str, Tensor], about: dict[str, st
         remove(out, keep=path)
 
     ranks.first(make_room)
-    with _plain_errors():
-        save(dict(state), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    ranks.first(publish)
+    try:
+        with naming(path), _plain_errors():
+            save(dict(state), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        ranks.first(publish)
+    except OSError:
+        # All have heard of it, so nobody writes there any more.
+        if ranks.is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def remove(out: Path, keep: Path | None) -> None:

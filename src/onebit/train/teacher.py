@@ -10,9 +10,12 @@ vocabulary beyond 65,536) instead of 4 for each token of the vocabulary. The tea
 products in floating point are several times as fast for whole sequences as the engine's, which keep an order.
 """
 
+import errno
 import json
+import math
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +33,18 @@ from onebit.train.origin import fingerprint
 from onebit.train.student import to_master
 
 ABOUT = "about.json"
-# Tokens that the teacher reads at once, and between two notes of how far it has come.
+# Tokens that the teacher reads at once, fewer where their logits would be more than so many numbers, and tokens between
+# two notes of how far it has come.
 STEP_TOKENS = 2**12
+STEP_LOGITS = 2**27
 SAVE_TOKENS = 2**17
 # The smallest float16 that is a number, rounded: log probabilities stay above it.
 _LEAST = np.float32(-6e4)
+# Zeros that are written at once.
+_PIECE = bytes(2**20)
+
+# Type and shape of an array.
+_Kind = tuple[np.dtype[Any], tuple[int, ...]]
 
 
 class TopK(NamedTuple):
@@ -122,7 +132,7 @@ def keep_top_k(
 
     Raises:
         ValueError: the folder holds something else, or is damaged.
-        OSError: the disk is full, ...
+        OSError: the disk has no room for all answers, ...; nothing is computed then, and no file of them stays.
     """
     n_sequences = (len(corpus.train) - 1) // seq_len
     about = {
@@ -134,9 +144,12 @@ def keep_top_k(
         "precision": teacher.precision,
     }
     done = _done(folder, about)
-    kept = _open(folder, len(corpus.token_bytes), n_sequences * seq_len, k, is_new=done == 0)
+    # An embedding may have rows that no token of the tokenizer has.
+    n_vocab = teacher.model.config.vocab_size
+    kept = _open(folder, n_vocab, n_sequences * seq_len, k, is_new=done == 0)
     device = next(teacher.model.parameters()).device
-    at_once, noted = max(1, STEP_TOKENS // seq_len), done
+    at_once = max(1, min(STEP_TOKENS, STEP_LOGITS // n_vocab) // seq_len)
+    noted = done
     with Progress(console=Console(stderr=True, quiet=not ranks.is_first())) as progress:
         bar = progress.add_task("teacher", total=n_sequences, completed=done)
         while done < n_sequences:
@@ -177,25 +190,66 @@ def _done(folder: Path, about: dict[str, object]) -> int:
 
 def _open(folder: Path, n_vocab: int, n_rows: int, k: int, is_new: bool) -> TopK:
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        "ids": (np.uint16 if n_vocab <= 2**16 else np.uint32, (n_rows, k)),
-        "log_p": (np.float16, (n_rows, k)),
-        "log_rest": (np.float16, (n_rows,)),
+    kinds: dict[str, _Kind] = {
+        "ids": (np.dtype(np.uint16 if n_vocab <= 2**16 else np.uint32), (n_rows, k)),
+        "log_p": (np.dtype(np.float16), (n_rows, k)),
+        "log_rest": (np.dtype(np.float16), (n_rows,)),
     }
-    arrays = []
-    for name, (dtype, shape) in wanted.items():
-        path = folder / f"{name}.npy"
-        if is_new:
-            arrays.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
-            continue
+    files = {folder / f"{name}.npy": kind for name, kind in kinds.items()}
+    if is_new:
+        _make(files)
+    return TopK(*(_mapped(path, *kind) for path, kind in files.items()))
+
+
+def _make(files: dict[Path, _Kind]) -> None:
+    """Files of zeros, all or none, with all of their room on the disk.
+
+    A process that writes to a mapped file is ended (SIGBUS) where a full disk has no room for what it writes.
+    """
+    sizes = {path: dtype.itemsize * math.prod(shape) for path, (dtype, shape) in files.items()}
+    try:
+        for path, (dtype, shape) in files.items():
+            with open(path, "wb") as file:
+                about = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, about)
+                _reserve(file, file.tell() + sizes[path])
+    except OSError as error:
+        for made in files:
+            made.unlink(missing_ok=True)
+        what = (
+            f"{error.strerror}; the teacher's answers take {sum(sizes.values()):,} bytes here: make room for them, "
+            f"or start another run with a smaller --cache-logits or a --corpus on another disk"
+        )
+        raise OSError(error.errno, what, str(path)) from None
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Lengthen a new file so that each of its bytes has a place on the disk."""
+    file.flush()
+    # macOS and Windows have none.
+    reserve = getattr(os, "posix_fallocate", None)
+    if reserve:
         try:
-            array = np.load(path, mmap_mode="r+")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: damaged ({error}); delete the folder to make it again") from None
-        if array.dtype != dtype or array.shape != shape:
-            raise ValueError(
-                f"{path}: {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} {list(shape)}; "
-                f"delete the folder to make it again"
-            )
-        arrays.append(array)
-    return TopK(*arrays)
+            reserve(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            # Of a disk that cannot set room aside.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    for at in range(file.seek(0, os.SEEK_END), size, len(_PIECE)):
+        file.write(_PIECE[: size - at])
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap:
+    try:
+        array: np.memmap = np.load(path, mmap_mode="r+")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete the folder to make it again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"{path}: {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}; "
+            f"delete the folder to make it again"
+        )
+    return array
