@@ -212,8 +212,10 @@ def test_guesses_are_named():
     [(True, "relu2", "ok"), (False, "silu", "ok"), (True, "silu", "note"), (False, "relu2", "note")],
 )
 def test_activation_functions(sub_norm, activation, expected):
-    made = tiny.master(tiny.config(sub_norm=sub_norm, activation=activation))
+    made = replace(tiny.master(tiny.config(sub_norm=sub_norm, activation=activation)), provenance={})
     assert model.feed_forward(made, NAME).severity == expected
+    trained = replace(made, provenance={"recipe": "stories"})
+    assert model.feed_forward(trained, NAME).severity == "ok"
 
 
 def test_positions_and_epsilon_and_flags():

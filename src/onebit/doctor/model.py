@@ -120,7 +120,7 @@ def activations(checkpoint: Checkpoint, name: str) -> Finding | None:
 
 
 def feed_forward(checkpoint: Checkpoint, name: str) -> Finding:
-    """Which function gates the feed-forward layers, and whether the model's family has it."""
+    """Which function gates the feed-forward layers, and whether the model's family has it, or its recipe says so."""
     config = checkpoint.config
     names = {"relu2": "squared ReLU", "silu": "SiLU"}
     chosen, norms = names[config.activation], "with" if config.sub_norm else "without"
@@ -130,7 +130,7 @@ def feed_forward(checkpoint: Checkpoint, name: str) -> Finding:
         "BitNet b1.58 2B4T has squared ReLU, the older 1bitLLM models and all Llamas SiLU; with the wrong one a model "
         "loads and its perplexity rises from 17 to 100 (microsoft/BitNet#588)."
     )
-    if config.sub_norm == (config.activation == "relu2"):
+    if "recipe" in checkpoint.provenance or config.sub_norm == (config.activation == "relu2"):
         return Finding("ok", "gate", f"Feed-forward layers have {chosen}", evidence, why, confirm)
     advice = "--text FILE measures the model with either function."
     what = f"{chosen} {norms} inner norms: right for few models"
