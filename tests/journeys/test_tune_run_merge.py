@@ -194,6 +194,14 @@ def test_dense_weights_take_the_change_over(tmp_path):
     assert all(layer.n_flipped > 0.9 * layer.n_weights and layer.error < 0.02 for layer in merged.layers)
 
 
+def test_codes_take_a_higher_rate_than_full_precision(model, chats, tmp_path):
+    dense = tiny.config(weights="dense", activations="none")
+    formats.write(tiny.master(dense, chat_template=tiny.CHAT_TEMPLATE), tmp_path / "dense.onebit")
+    rates = [tune.plan(str(path), chats, full=True).optim.lr for path in (model, tmp_path / "dense.onebit")]
+    assert rates == [2e-3, 1e-4]
+    assert tune.plan(str(model), chats).optim.lr == 1e-3
+
+
 def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
     def onebit_(*words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

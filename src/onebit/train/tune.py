@@ -98,7 +98,8 @@ def plan(base: str, chats: Path, overrides: list[str] | None = None, full: bool 
     config = _base(base)[0].config
     n_tokens = given_vocabulary(config.vocab_size)
     data = Data(include=(), vocab_size=n_tokens, held_out=0.1, seq_len=config.max_seq_len)
-    lr = 1e-4 if full else 1e-3
+    # Codes move only when the weights behind them do, by as much as they lie from the next code.
+    lr = (1e-4 if config.weights == "dense" else 2e-3) if full else 1e-3
     optim = Schedule(lr=lr, lr_second=lr, weight_decay=0.0, switch=1.0, warmup_steps=0, beta2=0.999)
     recipe = TuneRecipe(
         name="tune", model=config, data=data, optim=optim, steps=1, batch_size=8, base=base, chats=str(chats),
