@@ -354,6 +354,11 @@ def draw_options(rows: list[tuple[str, list[float], int]], noise: float, path: P
     for y, (_, changes, _) in enumerate(reversed(rows)):
         axis.plot(changes, [y] * len(changes), "o", color="C0", markersize=5)
     axis.axvline(0, color="black", linewidth=0.8)
+    # Most are within the noise; some are far off.
+    axis.set_xscale("symlog", linthresh=5, linscale=2)
+    low, *_, high = sorted((-5, 5, *(1.2 * change for row in rows for change in row[1])))
+    ticks = [t for t in (-20, -10, -5, -2, 0, 2, 5, 10, 20, 50) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
     axis.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axis.set(xlabel="change of held-out bits per byte against the default, % (less is better)")
     axis.grid(alpha=0.3)
