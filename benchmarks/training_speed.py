@@ -18,7 +18,7 @@ import torch
 
 from onebit.nn.transformer import Transformer
 from onebit.results import machine_facts, versions
-from onebit.train import RECIPES, build, optimizers, options, ranks
+from onebit.train import build, optimizers, options, ranks
 from onebit.train.recipe import Recipe
 from onebit.train.task import token_losses
 
@@ -45,7 +45,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", default="b1.58", choices=[n for n in RECIPES if f"{n}-dense" in RECIPES])
     parser.add_argument("--size", default="10M")
     parser.add_argument("--batch", type=int, default=4, help="sequences of 512 tokens in a step")
     parser.add_argument("--steps", type=int, default=15, help="of each that are timed, after 2")
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the JSON too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipes = [build(name, size=args.size) for name in (args.recipe, f"{args.recipe}-dense")]
+    recipes = [build(name, size=args.size) for name in ("b1.58", "b1.58-dense")]
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch, recipes[0].data.seq_len + 1)
     tokens = torch.randint(recipes[0].model.vocab_size, shape, generator=generator)

@@ -214,8 +214,9 @@ def test_guesses_are_named():
 def test_activation_functions(sub_norm, activation, expected):
     made = replace(tiny.master(tiny.config(sub_norm=sub_norm, activation=activation)), provenance={})
     assert model.feed_forward(made, NAME).severity == expected
-    trained = replace(made, provenance={"recipe": "stories"})
-    assert model.feed_forward(trained, NAME).severity == "ok"
+    for trained, found in ((activation, "ok"), ({"silu": "relu2", "relu2": "silu"}[activation], "error")):
+        provenance = {"recipe": {"model": {"activation": trained}}}
+        assert model.feed_forward(replace(made, provenance=provenance), NAME).severity == found
 
 
 def test_positions_and_epsilon_and_flags():

@@ -231,6 +231,7 @@ def test_the_command_line_goes_the_same_way(model, chats, tmp_path):
         (("tune", "--out", tmp_path / "none", "--resume"), "no run to resume"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.rank=3"), "no 'rank'"),
         (("tune", model, "--data", chats, "--out", "x", "--lora", "r=0"), "lora.r is 0"),
+        (("tune", model, "--data", chats, "--out", "x", "--lora", "8"), "--lora 8: expected NAME=VALUE"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "lora.targets=q,x"), "targets are"),
         (("tune", model, "--data", chats, "--out", "x", "--set", "options.noise=1"), "--set options"),
         (

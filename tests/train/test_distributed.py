@@ -291,7 +291,12 @@ DISTILL = [*OTHERS, "data.seq_len=32", "health_every=2", "distill.relations=1", 
 def test_students_and_adapters_are_those_of_one_process(verb, launch, models, texts, tmp_path, monkeypatch):
     words = {
         "distill": ["--teacher", models / "dense", "--data", texts, "--cache-logits", "8", *set_all(DISTILL)],
-        "tune": [models / "coded", "--data", models / "chat.jsonl", *set_all([*OTHERS, "lora.r=4"])],
+        "tune": [
+            models / "coded",
+            "--data",
+            models / "chat.jsonl",
+            *set_all([*OTHERS, "lora.r=4", "health_every=2"]),
+        ],
     }[verb]
     one, two = ([verb, *words, "--out", tmp_path / name] for name in ("one", "two"))
     monkeypatch.setattr("sys.argv", ["onebit", *map(str, one)])

@@ -3,7 +3,7 @@
 import pytest
 
 from onebit.train.optim import Schedule
-from onebit.train.recipes import build
+from onebit.train.recipes import build, override
 
 
 def test_two_stages_of_learning_rate_and_weight_decay():
@@ -32,3 +32,5 @@ def test_a_rate_takes_the_second_along():
     assert (rates[2].lr, rates[2].lr_second) == (rates[0].lr, 1e-4)
     both = build("b1.58", ["optim.lr_second=1e-4", "optim.lr=4e-3"]).optim
     assert (both.lr, both.lr_second) == (4e-3, 1e-4)
+    still = build("b1.58", ["optim.lr=0", "optim.lr_second=1e-4"])
+    assert override(still, ["optim.lr=1e-3"]).optim.lr_second == 1e-4

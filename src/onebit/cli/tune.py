@@ -55,6 +55,10 @@ def tune(
             "--data is missing; as in: onebit tune model.onebit --data chat.jsonl --out runs/chat"
         )
 
+    if wrong := [field for field in lora or [] if "=" not in field]:
+        raise ValueError(
+            f"--lora {wrong[0]}: expected NAME=VALUE, as in --lora r=16; names are r, alpha and targets"
+        )
     overrides = [f"lora.{field}" for field in lora or []] + (overrides or [])
     from onebit.llm import SHIPPED_MODEL
     from onebit.train import tune as tuning

@@ -120,17 +120,22 @@ def activations(checkpoint: Checkpoint, name: str) -> Finding | None:
 
 
 def feed_forward(checkpoint: Checkpoint, name: str) -> Finding:
-    """Which function gates the feed-forward layers, and whether the model's family has it, or its recipe says so."""
+    """Which function gates the feed-forward layers, and whether its recipe, or the model's family, has it."""
     config = checkpoint.config
     names = {"relu2": "squared ReLU", "silu": "SiLU"}
     chosen, norms = names[config.activation], "with" if config.sub_norm else "without"
     evidence = f"activation {config.activation}, {norms} norms inside attention and feed-forward"
     confirm = command("onebit", "doctor", name, "--text", "FILE")
     why = (
-        "BitNet b1.58 2B4T has squared ReLU, the older 1bitLLM models and all Llamas SiLU; with the wrong one a model "
-        "loads and its perplexity rises from 17 to 100 (microsoft/BitNet#588)."
+        "BitNet b1.58 2B4T has squared ReLU, the older 1bitLLM models, most that onebit trains and all Llamas SiLU; "
+        "with the wrong one a model loads and its perplexity rises from 17 to 100 (microsoft/BitNet#588)."
     )
-    if "recipe" in checkpoint.provenance or config.sub_norm == (config.activation == "relu2"):
+    recipe = checkpoint.provenance.get("recipe")
+    trained = recipe["model"].get("activation") if isinstance(recipe, dict) and "model" in recipe else None
+    if trained not in (None, config.activation):
+        what = f"Feed-forward layers have {chosen}, but were trained with {names.get(trained, trained)}"
+        return Finding("error", "gate", what, evidence, why, confirm, "Correct activation in the config.")
+    if trained or config.sub_norm == (config.activation == "relu2"):
         return Finding("ok", "gate", f"Feed-forward layers have {chosen}", evidence, why, confirm)
     advice = "--text FILE measures the model with either function."
     what = f"{chosen} {norms} inner norms: right for few models"

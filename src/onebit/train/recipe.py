@@ -301,7 +301,7 @@ def override(recipe: _R, overrides: list[str]) -> _R:
             )
         _note(changes, recipe, path.split("."), value, path)
     rates = changes.get("optim", {})
-    if "lr" in rates and "lr_second" not in rates:
+    if "lr" in rates and "lr_second" not in rates and recipe.optim.lr:
         rates["lr_second"] = rates["lr"] * (recipe.optim.lr_second / recipe.optim.lr)
     changed: _R = _changed(recipe, changes)
     return changed

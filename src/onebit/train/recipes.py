@@ -113,7 +113,7 @@ def dense(recipe: Recipe) -> Recipe:
     """The full-precision twin of a recipe: same shape, data, tokens, schedule and seed.
 
     What serves rounding alone goes: rotated inputs, a first phase, lambda, noise. Full precision may deserve a lower
-    learning rate than its twin (the papers give it a sixth): `--set optim.lr=... --set optim.lr_second=...`.
+    learning rate than its twin (the papers give it a sixth): `--set optim.lr=...`.
     """
     return replace(
         recipe,
