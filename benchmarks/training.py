@@ -377,7 +377,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of each option; the default has at least three")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument(
-        "--only", help="options whose names hold one of these, as in SwiGLU,EMA; all by default"
+        "--only",
+        help="options that have, or whose names hold, one of these, as in SwiGLU,EMA; all by default",
     )
     parser.add_argument("--known", type=Path, help="a result of this script, whose runs are not done again")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -399,7 +400,13 @@ def main() -> None:
         for seed in range(1, max(arguments.seeds, 3) + 1):
             jobs.append(Job("ternary", size, "default", make("ternary", size, peak, seed, steps)))
         asked = arguments.only.split(",") if arguments.only else [""]
-        chosen = {label: sets for label, sets in OPTIONS.items() if any(part in label for part in asked)}
+        # A whole name means that option alone.
+        parts = [part for part in asked if part not in OPTIONS]
+        chosen = {
+            label: sets
+            for label, sets in OPTIONS.items()
+            if label in asked or any(part in label for part in parts)
+        }
         for seed, (label, sets) in itertools.product(range(1, arguments.seeds + 1), chosen.items()):
             try:
                 jobs.append(Job("ternary", size, label, make("ternary", size, peak, seed, steps, sets)))
