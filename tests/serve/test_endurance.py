@@ -231,7 +231,8 @@ def test_sigterm_under_load(tmp_path):
         assert line.startswith(f"curl {url}/v1/completions -H")
         if shutil.which("curl"):
             told = subprocess.run([*shlex.split(line), "-sS"], capture_output=True, check=True, timeout=60)
-            assert json.loads(told.stdout)["usage"]["completion_tokens"] == 16
+            # A text that is drawn may end before its limit.
+            assert 1 <= json.loads(told.stdout)["usage"]["completion_tokens"] <= 16
         results = []
 
         def client():
