@@ -83,9 +83,8 @@ def main() -> None:
             f"ternary beside full precision, {kind}: {middle:.3f} ({low:.3f} to {high:.3f}, quartiles of pairs)"
         )
     about = {name: value for name, value in vars(args).items() if name != "out"}
-    line = json.dumps(
-        {**about, "tokens_per_s": per_second, "machine": machine_facts(), "versions": versions()}
-    )
+    used = versions() | {"torch": torch.__version__}
+    line = json.dumps({**about, "tokens_per_s": per_second, "machine": machine_facts(), "versions": used})
     print(line)
     if args.out:
         args.out.write_text(line + "\n")

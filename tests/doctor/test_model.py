@@ -214,9 +214,12 @@ def test_guesses_are_named():
 def test_activation_functions(sub_norm, activation, expected):
     made = replace(tiny.master(tiny.config(sub_norm=sub_norm, activation=activation)), provenance={})
     assert model.feed_forward(made, NAME).severity == expected
-    for trained, found in ((activation, "ok"), ({"silu": "relu2", "relu2": "silu"}[activation], "error")):
+    for trained, found in ((activation, "ok"), ({"silu": "relu2", "relu2": "silu"}[activation], "warning")):
         provenance = {"recipe": {"model": {"activation": trained}}}
         assert model.feed_forward(replace(made, provenance=provenance), NAME).severity == found
+    for recipe in ("stories", {}, {"model": ["silu"]}, {"model": {"activation": ["silu"]}}):
+        strange = replace(made, provenance={"recipe": recipe})
+        assert model.feed_forward(strange, NAME).severity == expected
 
 
 def test_positions_and_epsilon_and_flags():

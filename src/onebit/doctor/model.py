@@ -130,16 +130,23 @@ def feed_forward(checkpoint: Checkpoint, name: str) -> Finding:
         "BitNet b1.58 2B4T has squared ReLU, the older 1bitLLM models, most that onebit trains and all Llamas SiLU; "
         "with the wrong one a model loads and its perplexity rises from 17 to 100 (microsoft/BitNet#588)."
     )
-    recipe = checkpoint.provenance.get("recipe")
-    trained = recipe["model"].get("activation") if isinstance(recipe, dict) and "model" in recipe else None
-    if trained not in (None, config.activation):
-        what = f"Feed-forward layers have {chosen}, but were trained with {names.get(trained, trained)}"
-        return Finding("error", "gate", what, evidence, why, confirm, "Correct activation in the config.")
+    trained = _trained_activation(checkpoint)
+    if trained and trained != config.activation:
+        what = f"Feed-forward layers have {chosen}, but were trained with {names[trained]}"
+        return Finding("warning", "gate", what, evidence, why, confirm, "Correct activation in the config.")
     if trained or config.sub_norm == (config.activation == "relu2"):
         return Finding("ok", "gate", f"Feed-forward layers have {chosen}", evidence, why, confirm)
     advice = "--text FILE measures the model with either function."
     what = f"{chosen} {norms} inner norms: right for few models"
     return Finding("note", "gate", what, evidence, why, confirm, advice)
+
+
+def _trained_activation(checkpoint: Checkpoint) -> str | None:
+    """What the recipe in a file says, if there is one that says it: provenance is anybody's JSON."""
+    at: object = checkpoint.provenance
+    for key in ("recipe", "model", "activation"):
+        at = at.get(key) if isinstance(at, dict) else None
+    return at if at in ("silu", "relu2") else None
 
 
 def rotary(checkpoint: Checkpoint, name: str) -> Finding:

@@ -160,7 +160,7 @@ def fit(recipe: Recipe, task: Task, model: Transformer, out: Path, resumed: bool
             loss = ranks.total(loss)
             options.regularise(model, recipe.options.l1, recipe.options.l2)
             is_look = recipe.health_every > 0 and (step + 1) % recipe.health_every == 0
-            # Now: clipping changes gradients in place.
+            # Before clipping, which changes gradients in place.
             norms = health.gradient_norms(model) if is_look else []
             norm_of_all = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
             norm = ranks.whole(norm_of_all).item()
